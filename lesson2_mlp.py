@@ -44,7 +44,7 @@ OUT = ROOT / "out" / "lesson2"
 def pick_device(name="auto"):
     """'auto' is the best device present, cuda then mps then cpu; any other name must be one torch can use."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
         return torch.device(name)
@@ -77,13 +77,8 @@ class Progress:
                             f"{elapsed:.0f} s in all" if last else f"{int(left) // 60}:{int(left) % 60:02d} left"])
         if self.tty:                    # longer than the terminal, the line would wrap and could not be rewritten
             text = text[:shutil.get_terminal_size().columns - 1]
-        print(("\r" + text.ljust(self.width)) if self.tty else text, end="\n" if last or not self.tty else "", flush=True)
-        self.width = len(text) if not last else 0
-
-    def say(self, text):
-        """Print a line of its own between two states of the progress line."""
-        print(("\r" + text.ljust(self.width)) if self.tty else text, flush=True)
-        self.width = 0
+        print("\r" * self.tty + text.ljust(self.width), end="\n" if last or not self.tty else "", flush=True)
+        self.width = len(text) if self.tty else 0
 
 
 # ---- config ---------------------------------------------------------------------------------------
@@ -92,7 +87,7 @@ class Progress:
 class Config:
     hidden: int = flag(512, "H, units of the first hidden layer; the second has half", 2, 65536)
     dropout: float = flag(0.0, "share of hidden units switched off in training", 0, 0.95)
-    augment: bool = flag(True, "mirror and shift the training images at random")
+    augment: bool = flag(True, "move the training images by up to a pixel at random")
     images: int = flag(55000, "training images to use, of 55,000; the other 5,000 are for validation", 100, 55000)
     batch_size: int = flag(250, "B, images per update", 2, 50000)
     epochs: int = flag(25, "passes over the training images", 1, 10000)
@@ -122,7 +117,7 @@ def read_idx(path):
         raise BadInput(f"cannot read {path} ({e}); delete it and run again to fetch it anew") from None
     start = 4 + 4 * raw[3] if raw[:3] == b"\0\0\x08" and len(raw) > 3 else 0
     if not 4 < start <= len(raw):
-        raise BadInput(f"{path} is no IDX file of bytes: it begins with {raw[:4].hex(' ')}, not with 00 00 08 and its number of axes")
+        raise BadInput(f"{path} is no IDX file of bytes: it begins with {raw[:4].hex(' ') or 'nothing'}, not 00 00 08")
     shape = [int.from_bytes(raw[i:i + 4], "big") for i in range(4, start, 4)]
     if len(raw) - start != math.prod(shape):
         raise BadInput(f"{path} holds {len(raw) - start} values, but its header announces {shape}: fetch it anew")
@@ -130,8 +125,8 @@ def read_idx(path):
 
 
 def load(part, folder=""):
-    """Images (N,28,28) and labels (N,), uint8, of part "train" or "test": from `folder` if given, else from our own, the
-    Debian package's, or a download into our own, whichever is first to have the files. Raises BadInput."""
+    """Images (N,28,28) and labels (N,), uint8, of part "train" or "test": from `folder` if given, else from the first
+    to have them of our own folder, the Debian package's, and a download into our own. Raises BadInput."""
     def there(folder, name):            # compressed or not
         return next((p for p in (folder / name, folder / name[:-3]) if p.is_file()), None)
 
@@ -144,11 +139,12 @@ def load(part, folder=""):
                     raise BadInput(f"{folder} has no {name}, nor that without .gz")
                 download(URL + name, folder / name)
     except OSError as e:
-        raise BadInput(f"no Fashion-MNIST. Put {', '.join(FILES['train'] + FILES['test'])} into {LOCAL} (or elsewhere and name it "
-                       f"with --data), or install the Debian package dataset-fashion-mnist, or run this with a network: {e}") from None
+        raise BadInput(f"no Fashion-MNIST: put {', '.join(FILES['train'] + FILES['test'])} into {LOCAL} (or a folder "
+                       "named by --data), or install the Debian package dataset-fashion-mnist, or let this program reach "
+                       f"{URL} ({e})") from None
     images, labels = (read_idx(there(folder, name)) for name in FILES[part])
     if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or len(labels) < 10 or labels.max() > 9:
-        raise BadInput(f"{folder}: {list(images.shape)} pixels and {list(labels.shape)} labels are no 28x28 pictures with labels 0-9")
+        raise BadInput(f"{folder}: shapes {list(images.shape)} and {list(labels.shape)} are no labelled 28x28 pictures")
     return images, labels
 
 
@@ -157,25 +153,27 @@ def download(url, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with open(part, "ab") as f:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={f.tell()}-"} if f.tell() else {})
+        f.truncate(max(0, f.tell() - 1))        # one byte again, so that there always is one to ask for
+        had = f.seek(0, 2)
+        request = urllib.request.Request(url, headers={"Range": f"bytes={had}-"} if had else {})
         with urllib.request.urlopen(request, timeout=30) as answer:
-            if answer.status != 206:    # 206: the rest, as asked; 200: all of it, from a server that cannot continue
-                f.truncate(0)
-            had, total = f.tell(), f.tell() + int(answer.headers["Content-Length"])
-            progress = Progress(total // 1000, had // 1000, f"{path.name}  kB", "kB")
+            if answer.status != 206:            # 206: the rest, as asked; 200: all, the server cannot continue
+                f.truncate(had := 0)
+            total = had + int(answer.headers["Content-Length"])
+            progress, done = Progress(total // 1000, had // 1000, f"{path.name}  kB", "kB"), had
             while block := answer.read(1 << 16):
-                f.write(block)
-                progress(f.tell() // 1000, (f.tell() - had) // 1000)
-    if part.stat().st_size != total:
-        raise OSError(f"{url} broke off after {part.stat().st_size} of {total} bytes; run again to continue")
+                done += f.write(block)
+                progress(done // 1000, (done - had) // 1000)
+    if done != total:
+        raise OSError(f"{url} broke off after {done} of {total} bytes; run again to continue")
     part.replace(path)
 
 
 class Images(Dataset):
     """A Dataset answers two questions: how many samples are there, and what is sample i? Here: image (28,28) and label.
 
-    With a generator, each answer is drawn anew from 18 variants: moved by -1, 0 or 1 pixel each way, mirrored or not.
-    A mirrored shoe is a shoe; the network sees more images than were ever labelled."""
+    With a generator, the image is moved at random by -1, 0 or 1 pixel each way: still the same shirt, and nine images
+    for one that was labelled. Mirroring, the other classic, hurts: in these data every shoe points to the left."""
 
     def __init__(self, images, labels, generator=None):
         self.images, self.labels, self.generator = images, labels.long(), generator
@@ -188,20 +186,21 @@ class Images(Dataset):
         return images[0], labels[0]
 
     def __getitems__(self, indices):
-        """A batch in one call, (B,28,28) and (B,). Where a Dataset has this, the loader calls it, not __getitem__ B times."""
-        images, B, draw = self.images[indices], len(indices), self.generator            # (N,28,28) -> (B,28,28)
-        if draw is not None:
-            dx, dy = torch.randint(-1, 2, (2, B, 1), generator=draw)                    # (B,1) each
-            rows, columns = torch.arange(1, 29) + dy, torch.arange(1, 29) + dx          # (28,) + (B,1) -> (B,28)
-            columns = torch.where(torch.rand(B, 1, generator=draw) < 0.5, columns.flip(1), columns)
-            images = F.pad(images, (1, 1, 1, 1))[torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None]]
-        return images, self.labels[indices]                     # (B,30,30) at (B,1,1), (B,28,1), (B,1,28) -> (B,28,28)
+        """A whole batch, (B,28,28) and (B,). A loader calls this, if there is one, instead of __getitem__ B times."""
+        images, B = self.images[indices], len(indices)                              # (N,28,28) -> (B,28,28)
+        if self.generator is not None:
+            padded = F.pad(images, (1, 1, 1, 1))                                    # (B,28,28) -> (B,30,30)
+            dy, dx = torch.randint(3, (2, B, 1), generator=self.generator)          # (2,B,1) -> (B,1), (B,1)
+            rows, columns = torch.arange(28) + dy, torch.arange(28) + dx            # (28,) + (B,1) -> (B,28)
+            images = padded[torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None]]     # -> (B,28,28)
+        return images, self.labels[indices]
 
 
 def loader(dataset, size, shuffle=None):
-    """What a DataLoader adds to a Dataset: batches, a new order every epoch (drawn from the generator `shuffle`), and if
-    asked (num_workers) processes that prepare batches ahead; ours are ready too fast for that to pay."""
-    return DataLoader(dataset, size, shuffle is not None, generator=shuffle, collate_fn=lambda batch: batch)    # stacked already
+    """What a DataLoader adds to a Dataset: batches, a new order every epoch (drawn from the generator `shuffle`), and,
+    if asked for (num_workers), processes that prepare batches ahead; ours are ready too fast for that to pay."""
+    stacked = lambda batch: batch       # by default collate_fn stacks B samples; __getitems__ has stacked them already
+    return DataLoader(dataset, size, shuffle=shuffle is not None, generator=shuffle, collate_fn=stacked)
 
 
 def split(images, labels, count, seed):
@@ -209,7 +208,8 @@ def split(images, labels, count, seed):
 
     All choices (how wide, how long) are made by the validation images. The test images are looked at once, at the end:
     what was chosen by them would be fitted to them, and their verdict no longer about new images."""
-    order, held = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)), min(5000, len(labels) // 5)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    held = min(5000, len(labels) // 5)
     return [(images[i], labels[i]) for i in (order[held:held + count], order[:held])]
 
 
@@ -220,18 +220,18 @@ class MLP(nn.Module):
 
     Beside its weights it has buffers: what `remember` saw in its last hidden layer, to tell strangers from clothing."""
 
-    def __init__(self, hidden, dropout=0.0, mirror=True):
+    def __init__(self, hidden, dropout=0.0):
         super().__init__()
-        self.mirror, sizes, layers = mirror, [784, hidden, hidden // 2], [nn.Flatten()]     # (B,28,28) -> (B,784)
+        sizes, layers = [784, hidden, hidden // 2], [nn.Flatten()]                  # (B,28,28) -> (B,784)
         for n, m in zip(sizes, sizes[1:]):      # batch norm: each unit to mean 0, deviation 1, then a scale and a bias
-            layers += [nn.Linear(n, m, bias=False), nn.BatchNorm1d(m), nn.ReLU(), nn.Dropout(dropout)]      # (B,n) -> (B,m)
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(sizes[-1], 10)             # (B,H/2) -> (B,10)
+            layers += [nn.Linear(n, m, bias=False), nn.BatchNorm1d(m), nn.ReLU(), nn.Dropout(dropout)]  # (B,n) -> (B,m)
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(sizes[-1], 10)     # (B,H/2) -> (B,10)
         self.register_buffer("means", torch.zeros(10, sizes[-1]))
         self.register_buffer("precision", torch.zeros(sizes[-1], sizes[-1]))
         self.register_buffer("far", torch.ones(()))
 
     def features(self, images):
-        """uint8 (B,28,28) -> (B,H/2). Pixels get mean 0, deviation 1 here, so that no user of the model can forget it."""
+        """uint8 (B,28,28) -> (B,H/2). Pixels get mean 0 and deviation 1 here, where no caller can forget it."""
         return self.body((images.to(self.far.device).float() / 255 - 0.286) / 0.353)
 
     def forward(self, images):
@@ -239,19 +239,17 @@ class MLP(nn.Module):
 
     @torch.no_grad()
     def look(self, images):
-        """P(class) (N,10) and strangeness (N,) of uint8 images (N,28,28), computed in evaluation mode.
+        """P(class) (N,10) and strangeness (N,) of uint8 images (N,28,28), on the CPU.
 
-        P is the mean over each image and its mirror image, if the model was trained on both: their errors differ. It
-        always sums to 1, be it for the photo of a cat. Strangeness is how far the features are from those of the nearest
-        class, measured by how far clothing scatters in that direction (Mahalanobis), as a multiple of `far`."""
+        P sums to 1 for the photo of a cat too. Strangeness is how far the features are from the mean of the nearest
+        class, squared, measured by the scatter of clothing in that direction (Mahalanobis), as a multiple of `far`."""
         self.eval()                     # dropout off; batch norm by the averages of training, not by this batch
         answers = []
         for batch in images.split(2000):
             h = self.features(batch)
-            p = self.head(h).softmax(1)                         # (B,H/2) -> (B,10)
-            p = (p + self(batch.flip(2)).softmax(1)) / 2 if self.mirror else p
             d = h[:, None] - self.means                         # (B,1,H/2) - (10,H/2) -> (B,10,H/2)
-            answers.append((p.cpu(), (((d @ self.precision) * d).sum(2).amin(1) / self.far).cpu()))     # -> (B,10), (B,)
+            strangeness = (d @ self.precision * d).sum(2).amin(1) / self.far        # (B,10,H/2) -> (B,10) -> (B,)
+            answers.append((self.head(h).softmax(1).cpu(), strangeness.cpu()))      # (B,H/2) -> (B,10)
         return [torch.cat(a) for a in zip(*answers)]
 
     @torch.no_grad()
@@ -262,7 +260,7 @@ class MLP(nn.Module):
         h = torch.cat([self.features(batch) for batch in train[0][:20000].split(2000)]).cpu()
         self.means.copy_(means := torch.stack([h[labels == c].mean(0) for c in range(10)]))
         covariance = (h - means[labels]).T.cov()                # (H/2,N) -> (H/2,H/2), the scatter within classes
-        covariance += 1e-3 * covariance.diag().mean() * torch.eye(len(covariance))      # some units never fire: no scatter
+        covariance += 1e-3 * covariance.diag().mean() * torch.eye(len(covariance))  # some units never fire: no scatter
         self.precision.copy_(torch.linalg.inv(covariance))
         self.far.copy_(self.look(val[0])[1].quantile(0.98))
 
@@ -276,10 +274,10 @@ def score(p, labels):
 # ---- training -------------------------------------------------------------------------------------
 
 def fit(config, train, val):
-    """Train on (images, labels) `train`; after every epoch, score `val`. Returns the model and the rows of the curve."""
+    """Train on (images, labels) `train`, score `val` after every epoch. Returns the model and the rows of the curve."""
     torch.manual_seed(config.seed)      # the first weights and dropout draw from torch's own generator
     device, generator = pick_device(config.device), torch.Generator().manual_seed(config.seed)
-    model = MLP(config.hidden, config.dropout, config.augment).to(device)
+    model = MLP(config.hidden, config.dropout).to(device)
     batches = loader(Images(*train, generator if config.augment else None), config.batch_size, generator)
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     steps = config.epochs * len(batches)
@@ -295,10 +293,13 @@ def fit(config, train, val):
             schedule.step()
             step += 1
             progress(step, step * config.batch_size, loss=loss.item(), val=rows[-1]["val_loss"] if rows else None)
-        scores = [score(model.look(x[:5000])[0], y[:5000]) for x, y in (train, val)]        # both without augmentation
-        rows.append(dict(epoch=epoch, train_loss=scores[0][0], val_loss=scores[1][0], train_acc=scores[0][1], val_acc=scores[1][1]))
-        if not math.isfinite(loss.item()):
-            raise BadInput(f"training diverged in epoch {epoch}, the loss is {loss.item()}; lower --lr (now {config.lr:g})")
+        row = dict(epoch=epoch)
+        for name, (x, y) in dict(train=train, val=val).items():     # both as they are, without augmentation and dropout
+            row[f"{name}_loss"], row[f"{name}_acc"] = score(model.look(x[:5000])[0], y[:5000])
+        rows.append(row)
+        if not row["train_loss"] < 2 * math.log(10):                # guessing costs log(10); nan is not below anything
+            raise BadInput(f"training diverged: loss {row['train_loss']:.3g} after epoch {epoch}, guessing has "
+                           f"{math.log(10):.2f}; try a lower --lr (now {config.lr:g})")
     return model, rows
 
 
@@ -306,40 +307,42 @@ def save_model(folder, model, config, **more):
     """Weights as safetensors and, beside them as JSON, what they are."""
     with replacing(folder / "model.safetensors") as tmp:
         save_file(model.state_dict(), tmp)
+    about = dict(dataclasses.asdict(config), classes=CLASSES, **more)
     with replacing(folder / "config.json") as tmp:
-        tmp.write_text(json.dumps(dict(dataclasses.asdict(config), classes=CLASSES, **more), indent=2), encoding="utf-8")
+        tmp.write_text(json.dumps(about, indent=2), encoding="utf-8")
 
 
 def load_model(folder):
     """The model that save_model wrote to `folder`, on the CPU. Raises BadInput."""
     weights, about = folder / "model.safetensors", folder / "config.json"
     try:
-        config = json.loads(about.read_text(encoding="utf-8"))
-        model = MLP(config["hidden"], mirror=config["augment"])
+        model = MLP(json.loads(about.read_text(encoding="utf-8"))["hidden"])
         model.load_state_dict(load_file(weights))
         return model
     except FileNotFoundError:
-        raise BadInput(f"no trained model: {weights} and config.json are missing; run lesson2_mlp.py without arguments first") from None
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:      # RuntimeError: other shapes
+        raise BadInput(f"no trained model: {weights} or config.json is missing; run lesson2_mlp.py without arguments "
+                       "first") from None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
         why = "the weights have other shapes than config.json says" if isinstance(e, RuntimeError) else str(e)[:80]
-        raise BadInput(f"{weights} and config.json cannot be used together ({why}); train again") from None
+        raise BadInput(f"{weights} and config.json cannot be used ({why}); train again") from None
 
 
 # ---- use ------------------------------------------------------------------------------------------
 
 def read_picture(path):
-    """A PNG or JPEG of any size and mode, (28,28) uint8, prepared as the authors of the data prepared theirs: transparent
-    parts white; grey; negated if the corners are light, so that the item is light on black; the background to 0; cut to
-    the item; its longer side to 28 pixels; centred. A 28x28 picture is taken to be cut already. Raises BadInput."""
+    """A PNG or JPEG of any size and mode as (28,28) uint8, prepared as the authors of the data prepared theirs: grey,
+    on white where transparent; negated if the corners are light, so that the item is light on black; background 0,
+    brightest pixel 255; cut to the item, its longer side 28 pixels, centred (28x28 is taken to be cut already).
+    Raises BadInput."""
     from PIL import Image, ImageOps     # comes with matplotlib; only pictures need it
-    Image.MAX_IMAGE_PIXELS = None       # our limit is below, and speaks one line
+    Image.MAX_IMAGE_PIXELS = None       # our own limit is below, and costs one line
     try:
         with Image.open(path, formats=["PNG", "JPEG"]) as picture:
             if picture.format == "PNG" and picture.n_frames > 1:
                 raise ValueError("it is an animation; save one frame of it")
             if not (8 <= min(picture.size) and max(picture.size) <= 12000):
                 raise ValueError(f"it has {picture.width}x{picture.height} pixels, 8 to 12000 a side can be used")
-            picture = ImageOps.exif_transpose(picture)          # a phone notes how it was held, and leaves the pixels as they are
+            picture = ImageOps.exif_transpose(picture)          # a phone only notes how it was held
             if picture.mode.startswith("I"):                    # 16 bits a pixel; convert("L") would clip them
                 picture = picture.convert("I").point(lambda v: v * (1 / 257)).convert("L")
             if picture.has_transparency_data:
@@ -351,21 +354,20 @@ def read_picture(path):
         why = "it is no PNG or JPEG" if "cannot identify" in str(e) else getattr(e, "strerror", None) or e
         raise BadInput(f"cannot use {path}: {why}") from None
     grey = np.asarray(picture, np.float32)
-    k, ends = max(1, min(grey.shape) // 28), lambda v, k: (v[:k], v[-k:])
-    corners = np.median([piece for rows in ends(grey, k) for piece in ends(rows.T, k)])
-    grey, background = (255 - grey, 255 - corners) if corners > 127 else (grey, corners)
-    grey = ((grey - background).clip(0) * 255 / (255 - background)).round().astype(np.uint8)
+    k = max(1, min(grey.shape) // 28)
+    corners = np.median([grey[:k, :k], grey[:k, -k:], grey[-k:, :k], grey[-k:, -k:]])
+    grey = (corners - grey if corners > 127 else grey - corners).clip(0)
+    rows, columns = ((grey > 13).mean(axis=a).nonzero()[0] for a in (1, 0))         # 5 % above the background
+    if not len(rows):
+        raise BadInput(f"cannot use {path}: it is blank, nothing stands out from the background")
     if grey.shape != (28, 28):
-        rows, columns = ((grey > 13).mean(axis=a).nonzero()[0] for a in (1, 0))             # 5 % above the background
-        if not len(rows):
-            raise BadInput(f"cannot use {path}: it is blank, nothing stands out from the background")
         item = Image.fromarray(grey[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1])
         scale = 28 / max(item.size)
         item = np.asarray(item.resize([max(1, round(n * scale)) for n in item.size],
                                       Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC))
         before = [(29 - n) // 2 for n in item.shape]
         grey = np.pad(item, [(b, 28 - n - b) for b, n in zip(before, item.shape)])
-    return torch.from_numpy(grey.copy())
+    return torch.from_numpy((grey.clip(0) * 255 / grey.max()).round().astype(np.uint8))
 
 
 def predict(args):
@@ -420,8 +422,8 @@ def plot_confusion(path, matrix):
     ax.imshow(wrong, cmap="Greys", vmax=2 * wrong.max())        # errors only: the diagonal would outshine them
     for i, j in np.ndindex(10, 10):
         ax.text(j, i, matrix[i, j].item(), ha="center", va="center", size=8)
-    ax.set(title=f"{CLASSES[row]} called {CLASSES[column]} is the most frequent error", xlabel="predicted", ylabel="true",
-           xticks=range(10), yticks=range(10), yticklabels=CLASSES)
+    ax.set(title=f"{CLASSES[row]} called {CLASSES[column]} is the most frequent error", xlabel="predicted",
+           ylabel="true", xticks=range(10), yticks=range(10), yticklabels=CLASSES)
     ax.set_xticklabels(CLASSES, rotation=45, ha="right")
     save_figure(path, figure)
 
@@ -446,18 +448,20 @@ def show_loader(images, labels):
         __getitems__ = None
         __getitem__ = lambda self, i: (self.images[i], self.labels[i])
 
-    for name, batches in (("__getitem__", DataLoader(OneByOne(images, labels), 500)), ("__getitems__", loader(Images(images, labels), 500))):
+    for name, batches in (("__getitem__", DataLoader(OneByOne(images, labels), 500)),
+                          ("__getitems__", loader(Images(images, labels), 500))):
         began = time.perf_counter()
-        x, y = [batch for batch in batches][-1]
-        print(f"batches {tuple(x.shape)} {tuple(y.shape)} by {name:12} {len(labels) / (time.perf_counter() - began):10,.0f} images/s")
+        x, y = list(batches)[-1]
+        speed = len(labels) / (time.perf_counter() - began)
+        print(f"batches {tuple(x.shape)} {tuple(y.shape)} by {name:12} {speed:10,.0f} images/s")
     print("Read: the batches are the same; many small calls cost more than one large one.\n")
 
 
 def smooth(losses):
     """Is the curve smooth? No epoch may raise the loss by more than 5 %, and it has to fall by a third in all."""
     rise = max([b / a - 1 for a, b in zip(losses, losses[1:])], default=0.0)
-    return rise <= 0.05 and losses[-1] <= losses[0] * 2 / 3, \
-        f"{losses[0]:.3f} -> {losses[-1]:.3f}, largest rise from epoch to epoch {max(rise, 0):.1%} (allowed: 5 %; wanted: a third less)"
+    return (rise <= 0.05 and losses[-1] <= losses[0] * 2 / 3,
+            f"{losses[0]:.3f} -> {losses[-1]:.3f} (a third less wanted), largest rise {max(rise, 0):.1%} (5 % allowed)")
 
 
 def story(config):
@@ -470,8 +474,10 @@ def story(config):
     print("\nthe same network on 5,000 images, without augmentation and dropout:")
     _, small = fit(dataclasses.replace(config, augment=False, dropout=0.0, epochs=20), [t[:5000] for t in train], val)
     best = min(small, key=lambda r: r["val_loss"])
-    print(f"Read: after epoch {best['epoch']} it learns its images by heart: training loss {best['train_loss']:.3f} -> "
-          f"{small[-1]['train_loss']:.3f}, validation loss {best['val_loss']:.3f} -> {small[-1]['val_loss']:.3f}. It overfits.\n")
+    last = small[-1]
+    train_losses, val_losses = (f"{best[k]:.3f} -> {last[k]:.3f}" for k in ("train_loss", "val_loss"))
+    print(f"Read: after epoch {best['epoch']} it overfits, learns its images by heart and no more: training loss\n"
+          f"{train_losses}, validation loss {val_losses}.\n")
     save_csv(OUT / "training.csv", rows)
     plot_curves(OUT / "training.png", rows, small)
 
@@ -482,11 +488,12 @@ def story(config):
     plot_confusion(OUT / "confusion.png", torch.bincount(labels * 10 + p.argmax(1), minlength=100).view(10, 10))
     plot_mistakes(OUT / "mistakes.png", images, labels, p)
     print(f"wrote model.safetensors, config.json, training.csv and .png, confusion.png, mistakes.png into {OUT}")
+    same = torch.equal(load_model(OUT).look(images)[0].argmax(1), p.argmax(1))
     return report([
         ("smooth", *smooth([r["train_loss"] for r in rows])),
-        ("accuracy", accuracy >= 0.9, f"{accuracy:.2%} of {len(labels)} test images (90 % wanted; validation {rows[-1]['val_acc']:.2%})"),
-        ("overfitting", small[-1]["val_loss"] > 1.05 * best["val_loss"], "seen on 5,000 images: validation loss rises by over 5 %"),
-        ("saved", torch.equal(load_model(OUT).look(images)[0].argmax(1), p.argmax(1)), "the loaded model gives the same labels")])
+        ("accuracy", accuracy >= 0.9, f"{accuracy:.2%} of {len(labels)} test images (90 % wanted), loss {loss:.3f}"),
+        ("overfitting", last["val_loss"] > 1.05 * best["val_loss"], "seen: validation loss rises by more than 5 %"),
+        ("saved", same, "the model, loaded again, gives the same labels")])
 
 
 # ---- main -----------------------------------------------------------------------------------------
@@ -498,7 +505,7 @@ def main():
     use.add_argument("pictures", nargs="+", metavar="IMAGE", help="PNG or JPEG files")
     use.add_argument("--json", action="store_true", help="print JSON, for scripts")
     use.add_argument("--show", action="store_true", help="print each picture as the network sees it")
-    use.add_argument("--model", default=str(OUT), help="folder of model.safetensors and config.json (default: %(default)s)")
+    use.add_argument("--model", default=str(OUT), help="folder of a trained model (default: %(default)s)")
     args = parser.parse_args()
     return predict(args) if args.command else story(Config(**given(args, Config)))
 
