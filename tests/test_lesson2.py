@@ -4,6 +4,7 @@ Needs the Fashion-MNIST files (Debian package dataset-fashion-mnist, or those th
 import gzip
 import http.server
 import json
+import math
 import re
 import struct
 import subprocess
@@ -157,7 +158,7 @@ def test_the_network_equals_numpy(trained, test_images):
     for linear, norm in (("body.1", "body.2"), ("body.5", "body.6")):
         h = h @ w[f"{linear}.weight"].T
         h = (h - w[f"{norm}.running_mean"]) / np.sqrt(w[f"{norm}.running_var"] + 1e-5) * w[f"{norm}.weight"] + w[f"{norm}.bias"]
-        h = np.maximum(h, 0)
+        h = h * (1 + np.array([[math.erf(v / math.sqrt(2)) for v in row] for row in h])) / 2      # GELU
     logits = h @ w["head.weight"].T + w["head.bias"]
     np.testing.assert_allclose(model(images).detach().numpy(), logits, atol=1e-3)
     distances = [min(d @ w["precision"] @ d for d in row - w["means"]) for row in h]
@@ -177,7 +178,7 @@ def test_two_percent_of_validation_is_strange(trained, data):
 
 def test_the_network_can_overfit_64_images(data):
     few = tuple(t[:64] for t in data[0])
-    config = Config(hidden=128, augment=False, batch_size=64, epochs=60, lr=1e-2)
+    config = Config(hidden=128, shift=False, smoothing=0.0, batch_size=64, epochs=60, lr=1e-2)
     model, rows = L.fit(config, few, tuple(t[:100] for t in data[1]))
     assert rows[-1]["train_acc"] == 1 and rows[-1]["train_loss"] < 0.02
 
@@ -467,6 +468,10 @@ def test_damaged_or_missing_model(saved, tmp_path, file, content):
 
 def test_no_model_on_the_command_line(run):
     assert "no trained model" in run("lesson2_mlp.py", "predict", "--model", "nowhere", "a.png", code=2).stderr
+
+
+def test_a_last_batch_of_one_image(data):
+    L.fit(Config(hidden=32, epochs=1, batch_size=50), tuple(t[:101] for t in data[0]), data[1])
 
 
 def test_a_diverging_run_is_explained(data):
