@@ -16,13 +16,13 @@ Letters for shapes: N images, B images in a batch, H hidden units; an image is 2
 import argparse                         # --help shows the text above as it is
 import dataclasses                      # the config, as JSON beside the weights
 import gzip                             # the data files are compressed
+import http.client                      # how a download may fail
 import json                             # config.json, predict --json
 import math                             # product of a shape, isfinite
 import pathlib                          # paths on every system
 import shutil                           # how wide is the terminal?
 import sys                              # is stdout a terminal?
 import time                             # speed, time left
-import urllib.error                     # what a download may end in
 import urllib.request                   # the download
 import zlib                             # the error of a damaged gzip file
 
@@ -118,7 +118,8 @@ def read_idx(path):
         raise BadInput(f"cannot read {path} ({e}); delete it and run again to fetch it anew") from None
     start = 4 + 4 * raw[3] if raw[:3] == b"\0\0\x08" and len(raw) > 3 else 0
     if not 4 < start <= len(raw):
-        raise BadInput(f"{path} is no IDX file of bytes: it begins with {raw[:4].hex(' ') or 'nothing'}, not 00 00 08")
+        raise BadInput(f"{path} is no IDX file of bytes: it begins with {raw[:4].hex(' ') or 'nothing'}, not 00 00 08; "
+                       "if it was downloaded, delete it and run again")
     shape = [int.from_bytes(raw[i:i + 4], "big") for i in range(4, start, 4)]
     if len(raw) - start != math.prod(shape):
         raise BadInput(f"{path} holds {len(raw) - start} values, but its header announces {shape}: fetch it anew")
@@ -139,7 +140,7 @@ def load(part, folder=""):
                 if folder != LOCAL:
                     raise BadInput(f"{folder} has no {name}, nor that without .gz")
                 download(URL + name, folder / name)
-    except OSError as e:
+    except (OSError, http.client.HTTPException) as e:
         raise BadInput(f"no Fashion-MNIST: put {', '.join(FILES['train'] + FILES['test'])} into {LOCAL} (or a folder "
                        "named by --data), or install the Debian package dataset-fashion-mnist, or let this reach "
                        f"{URL} ({e})") from None
@@ -160,7 +161,7 @@ def download(url, path):
         with urllib.request.urlopen(request, timeout=30) as answer:
             if answer.status != 206:            # 206: the rest, as asked; 200: all, the server cannot continue
                 f.truncate(had := 0)
-            total = had + int(answer.headers["Content-Length"])
+            total = had + int(answer.headers["Content-Length"] or 0)
             progress, done = Progress(total // 1000, had // 1000, f"{path.name}  kB", "kB"), had
             while block := answer.read(1 << 16):
                 done += f.write(block)
@@ -240,31 +241,34 @@ class MLP(nn.Module):
         return self.head(self.features(images))
 
     @torch.no_grad()
-    def look(self, images):
-        """P(class) (N,10) and strangeness (N,) of uint8 images (N,28,28), on the CPU.
-
-        P sums to 1 for the photo of a cat too. Strangeness is how far the features are from the mean of the nearest
-        class, squared, measured by the scatter of clothing in that direction (Mahalanobis), as a multiple of `far`."""
+    def probabilities(self, images):
+        """P(class) of uint8 images (N,28,28): (N,10), on the CPU."""
         self.eval()                     # dropout off; batch norm by the averages of training, not by this batch
-        answers = []
-        for batch in images.split(2000):
-            h = self.features(batch)
-            d = h[:, None] - self.means                         # (B,1,H/2) - (10,H/2) -> (B,10,H/2)
-            strangeness = (d @ self.precision * d).sum(2).amin(1) / self.far        # (B,10,H/2) -> (B,10) -> (B,)
-            answers.append((self.head(h).softmax(1).cpu(), strangeness.cpu()))      # (B,H/2) -> (B,10)
-        return [torch.cat(a) for a in zip(*answers)]
+        return torch.cat([self(batch).softmax(1).cpu() for batch in images.split(2000)])
+
+    @torch.no_grad()
+    def strangeness(self, images):
+        """(N,): how far the features of images (N,28,28) are from those of the nearest class, 1 being far for clothing.
+
+        P cannot tell: it sums to 1 for the photo of a cat too. The distance is squared and measured, in each direction,
+        by the scatter of clothing in that direction (Mahalanobis)."""
+        self.eval()
+        h = torch.cat([self.features(batch) for batch in images.split(2000)])                   # (N,H/2)
+        squares = [((h - mean) @ self.precision * (h - mean)).sum(1) for mean in self.means]    # (N,H/2) -> (N,)
+        return (torch.stack(squares).amin(0) / self.far).cpu()                                  # (10,N) -> (N,)
 
     @torch.no_grad()
     def remember(self, train, val):
         """Set the buffers; `far` so that 2 % of the validation images have a strangeness above 1."""
         self.eval()
-        labels = train[1][:20000].long()
-        h = torch.cat([self.features(batch) for batch in train[0][:20000].split(2000)]).cpu()
-        self.means.copy_(means := torch.stack([h[labels == c].mean(0) for c in range(10)]))
-        covariance = (h - means[labels]).T.cov()                # (H/2,N) -> (H/2,H/2), the scatter within classes
+        images, labels = (t[:20000] for t in train)
+        h = torch.cat([self.features(batch).cpu() for batch in images.split(2000)])             # (N,H/2)
+        means = torch.stack([h[labels == c].mean(0) for c in range(10)])                        # (10,H/2)
+        covariance = (h - means[labels.long()]).T.cov()         # (H/2,N) -> (H/2,H/2), the scatter within classes
         covariance += 1e-3 * covariance.diag().mean() * torch.eye(len(covariance))  # some units never fire: no scatter
+        self.means.copy_(means)
         self.precision.copy_(torch.linalg.inv(covariance))
-        self.far.copy_(self.look(val[0])[1].quantile(0.98))
+        self.far.copy_(self.strangeness(val[0]).quantile(0.98))
 
 
 def score(p, labels):
@@ -297,7 +301,7 @@ def fit(config, train, val):
             progress(step, step * config.batch_size, loss=loss.item(), val=rows[-1]["val_loss"] if rows else None)
         row = dict(epoch=epoch)
         for name, (x, y) in dict(train=train, val=val).items():     # both not shifted, without dropout and smoothing
-            row[f"{name}_loss"], row[f"{name}_acc"] = score(model.look(x[:5000])[0], y[:5000])
+            row[f"{name}_loss"], row[f"{name}_acc"] = score(model.probabilities(x[:5000]), y[:5000])
         rows.append(row)
         if not row["train_loss"] < 2 * math.log(10):                # guessing costs log(10); nan is not below anything
             raise BadInput(f"training diverged: loss {row['train_loss']:.3g} after epoch {epoch}, guessing has "
@@ -382,7 +386,7 @@ def predict(args):
             print(f"lesson2_mlp.py: {e}", file=sys.stderr)
             status = 2
             continue
-        p, strangeness = (a[0] for a in model.look(image[None]))                            # (10,), ()
+        p, strangeness = model.probabilities(image[None])[0], model.strangeness(image[None])[0]     # (10,), ()
         top = [dict(label=CLASSES[i], probability=round(p[i].item(), 4)) for i in p.argsort(descending=True)[:3]]
         answers.append(dict(file=path, labels=top, strangeness=round(strangeness.item(), 2),
                             confident=bool(strangeness <= 1 and top[0]["probability"] >= 0.5)))
@@ -485,13 +489,13 @@ def story(config):
     plot_curves(OUT / "training.png", rows, small)
 
     images, labels = load("test", config.data)                  # the only time
-    p, _ = model.look(images)
+    p = model.probabilities(images)
     loss, accuracy = score(p, labels)
     save_model(OUT, model, config, val_accuracy=rows[-1]["val_acc"], test_accuracy=accuracy)
     plot_confusion(OUT / "confusion.png", torch.bincount(labels * 10 + p.argmax(1), minlength=100).view(10, 10))
     plot_mistakes(OUT / "mistakes.png", images, labels, p)
     print(f"wrote model.safetensors, config.json, training.csv and .png, confusion.png, mistakes.png into {OUT}")
-    same = torch.equal(load_model(OUT).look(images)[0].argmax(1), p.argmax(1))
+    same = torch.equal(load_model(OUT).probabilities(images).argmax(1), p.argmax(1))
     return report([
         ("smooth", *smooth([r["train_loss"] for r in rows])),
         ("accuracy", accuracy >= 0.9, f"{accuracy:.2%} of {len(labels)} test images (90 % wanted), loss {loss:.3f}"),

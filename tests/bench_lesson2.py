@@ -66,7 +66,7 @@ def on_test(seeds):
     for seed in range(seeds):
         config = L.Config(seed=seed)
         model, rows, took = train(config, *L.split(*data, config.images, seed))
-        accuracies.append(L.score(model.look(images)[0], labels)[1])
+        accuracies.append(L.score(model.probabilities(images), labels)[1])
         seconds.append(took)
         print(f"seed {seed}  test {accuracies[-1]:.4f}  validation {rows[-1]['val_acc']:.4f}  {took:.1f} s", flush=True)
     spread = statistics.stdev(accuracies) if seeds > 1 else 0
@@ -111,7 +111,7 @@ def clothing(seeds):
             picture.save(folder + "/a.png")
             drawings.append(L.read_picture(folder + "/a.png"))
     for name, x in (("test images", images), (f"{len(drawings)} letters and signs", torch.stack(drawings))):
-        p, strangeness = model.look(x)
+        p, strangeness = model.probabilities(x), model.strangeness(x)
         print(f"{name:24} strangeness above 1: {(strangeness > 1).float().mean():.1%}   highest P below 0.5: "
               f"{(p.amax(1) < 0.5).float().mean():.1%}")
 

@@ -195,6 +195,15 @@ def test_too_much_noise_fails_and_says_what_least_squares_could_do(tmp_path):
     assert done.returncode == 1 and re.search(r"^FAIL  w and b: .*least squares", done.stdout, re.M)
 
 
+def test_output_that_nobody_reads_to_the_end(tmp_path):
+    shutil.copy(ROOT / "lesson1_linreg.py", tmp_path)
+    with subprocess.Popen([sys.executable, "lesson1_linreg.py", "--samples", "100000", "--batch-size", "10"], cwd=tmp_path,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
+        p.stdout.readline()
+        p.stdout.close()
+        assert p.stderr.read() == b""
+
+
 # ---- bad input ------------------------------------------------------------------------------------
 
 def one_line(done):
@@ -221,8 +230,17 @@ def test_the_stated_limit_is_the_limit():
 
 @pytest.mark.parametrize("flags", [["--lr", "nan"], ["--lr", "inf"], ["--lr", "-1"], ["--features", "0"], ["--features", "x"],
                                    ["--samples", "1e3"], ["--nonsense"], ["stray"]])
-def test_bad_flags(tmp_path, flags):
-    assert "--help" in one_line(run(tmp_path, *flags))
+def test_bad_flags(flags, capsys):
+    parser = L.Parser(prog="lesson")
+    parser.add_config(Config)
+    with pytest.raises(SystemExit) as e:
+        parser.parse_args(flags)
+    message = capsys.readouterr().err
+    assert e.value.code == 2 and message.startswith("lesson: ") and "--help" in message and message.count("\n") == 1
+
+
+def test_bad_flag_on_the_command_line(tmp_path):
+    assert "--epochs" in one_line(run(tmp_path, "--epochs", "0"))
 
 
 def test_a_result_that_cannot_be_written(tmp_path):

@@ -56,7 +56,7 @@ def test_an_mlp_in_torch_nn_classifies_fashion_mnist(trained, test_images):
     model, _ = trained
     kinds = {type(m) for m in model.modules()}
     assert torch.nn.Linear in kinds and not any("Conv" in k.__name__ for k in kinds)
-    assert L.score(model.look(test_images[0])[0], test_images[1])[1] > 0.8
+    assert L.score(model.probabilities(test_images[0]), test_images[1])[1] > 0.8
 
 
 def test_the_loss_falls_smoothly_and_is_drawn(trained, tmp_path):
@@ -74,7 +74,7 @@ def test_the_rule_of_smoothness_can_fail(losses):
 
 def test_the_prediction_command_prints_the_label(run, saved, trained, test_images, tmp_path):
     Image.fromarray(test_images[0][1].numpy()).save(tmp_path / "item.png")
-    expected = L.CLASSES[trained[0].look(test_images[0][1:2])[0].argmax()]
+    expected = L.CLASSES[trained[0].probabilities(test_images[0][1:2]).argmax()]
     printed = run("lesson2_mlp.py", "predict", "--model", saved, "item.png").stdout
     assert re.fullmatch(rf"item\.png: {expected} \d+\.\d%, [\w/ -]+ \d+\.\d%, [\w/ -]+ \d+\.\d%(  \(low .*\))?\n", printed)
 
@@ -162,7 +162,7 @@ def test_the_network_equals_numpy(trained, test_images):
     logits = h @ w["head.weight"].T + w["head.bias"]
     np.testing.assert_allclose(model(images).detach().numpy(), logits, atol=1e-3)
     distances = [min(d @ w["precision"] @ d for d in row - w["means"]) for row in h]
-    np.testing.assert_allclose(model.look(images)[1].numpy(), np.array(distances) / w["far"], rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(model.strangeness(images).numpy(), np.array(distances) / w["far"], rtol=1e-2, atol=1e-3)
 
 
 def test_score_equals_torch():
@@ -173,7 +173,7 @@ def test_score_equals_torch():
 
 
 def test_two_percent_of_validation_is_strange(trained, data):
-    assert (trained[0].look(data[1][0])[1] > 1).float().mean().item() == pytest.approx(0.02, abs=0.002)
+    assert (trained[0].strangeness(data[1][0]) > 1).float().mean().item() == pytest.approx(0.02, abs=0.002)
 
 
 def test_the_network_can_overfit_64_images(data):
@@ -191,7 +191,7 @@ def test_a_run_repeats_exactly(data):
 
 
 def test_saved_model_is_the_model(saved, trained, test_images):
-    assert torch.equal(L.load_model(saved).look(test_images[0])[0], trained[0].look(test_images[0])[0])
+    assert torch.equal(L.load_model(saved).probabilities(test_images[0]), trained[0].probabilities(test_images[0]))
     assert json.loads((saved / "config.json").read_text(encoding="utf-8"))["classes"] == L.CLASSES
 
 
@@ -240,7 +240,7 @@ def test_other_sizes_modes_and_negatives_get_the_label_of_the_raw_array(name, ch
     for image in test_images[0][:100]:
         change(Image.fromarray(image.numpy())).save(tmp_path / name)
         seen.append(L.read_picture(tmp_path / name))
-    same = trained[0].look(torch.stack(seen))[0].argmax(1) == trained[0].look(test_images[0][:100])[0].argmax(1)
+    same = trained[0].probabilities(torch.stack(seen)).argmax(1) == trained[0].probabilities(test_images[0][:100]).argmax(1)
     assert same.float().mean() >= 0.94
 
 
@@ -262,7 +262,7 @@ def test_drawings_that_are_no_clothing_are_called_strange(trained, tmp_path):
         picture = Image.new("RGB", (300, 300), "white")
         ImageDraw.Draw(picture).text((60, 20), character, fill="black", font=font)
         picture.save(tmp_path / "a.png")
-        strange.append(trained[0].look(L.read_picture(tmp_path / "a.png")[None])[1].item() > 1)
+        strange.append(trained[0].strangeness(L.read_picture(tmp_path / "a.png")[None]).item() > 1)
     assert np.mean(strange) >= 0.7      # and, by the test above, 2 % of clothing
 
 
