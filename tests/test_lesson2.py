@@ -1,10 +1,12 @@
 """Lesson 2: acceptance criteria, then equality with independent implementations, then the program, then bad input.
 
 Needs the Fashion-MNIST files (Debian package dataset-fashion-mnist, or those that the lesson downloads)."""
+import contextlib
 import gzip
 import http.server
 import json
 import math
+import os
 import re
 import struct
 import subprocess
@@ -161,7 +163,7 @@ def test_the_network_equals_numpy(trained, test_images):
         h = h * (1 + np.array([[math.erf(v / math.sqrt(2)) for v in row] for row in h])) / 2      # GELU
     logits = h @ w["head.weight"].T + w["head.bias"]
     np.testing.assert_allclose(model(images).detach().numpy(), logits, atol=1e-3)
-    distances = [min(d @ w["precision"] @ d for d in row - w["means"]) for row in h]
+    distances = [math.sqrt(min(d @ w["precision"] @ d for d in row - w["means"])) for row in h]
     np.testing.assert_allclose(model.strangeness(images).numpy(), np.array(distances) / w["far"], rtol=1e-2, atol=1e-3)
 
 
@@ -193,6 +195,43 @@ def test_a_run_repeats_exactly(data):
 def test_saved_model_is_the_model(saved, trained, test_images):
     assert torch.equal(L.load_model(saved).probabilities(test_images[0]), trained[0].probabilities(test_images[0]))
     assert json.loads((saved / "config.json").read_text(encoding="utf-8"))["classes"] == L.CLASSES
+
+
+# ---- progress -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tty", [True, False])
+def test_progress_on_a_terminal_and_in_a_log(tty, monkeypatch, capsys):
+    clock = iter(range(1000))           # a second per look at the clock
+    monkeypatch.setattr(L.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: tty, raising=False)
+    monkeypatch.setattr(L.shutil, "get_terminal_size", lambda: os.terminal_size((50, 20)))
+    progress = L.Progress(30, unit="images")
+    for step in range(1, 31):
+        progress(step, step * 5000, loss=1 / step, val=None if step < 30 else 0.5)
+    out = capsys.readouterr().out
+    assert out.endswith("\n")
+    if tty:                             # one line, rewritten, never longer than the terminal, the end of a longer one blanked
+        states = out[:-1].split("\r")[1:]
+        assert "\n" not in out[:-1] and len(states) == 30 and max(map(len, states)) <= 49
+        assert all(len(later) >= len(earlier.rstrip()) for earlier, later in zip(states, states[1:]))
+    else:
+        assert out.splitlines() == ["step 10/30  loss 0.1000  5.0k images/s  0:20 left", "step 20/30  loss 0.0500  5.0k images/s  0:10 left",
+                                    "step 30/30  loss 0.0333  val 0.5000  5.0k images/s  30 s in all"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_real_terminal_shows_one_line(tmp_path):
+    import pty
+    near, far = pty.openpty()
+    code = "import lesson2_mlp as L, time\np = L.Progress(50)\nfor i in range(50): time.sleep(0.02); p(i + 1, i)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=far, cwd=L.ROOT) as p:
+        os.close(far)
+        out = b""
+        with contextlib.suppress(OSError):      # Linux reports the end of the other side as an error
+            while piece := os.read(near, 1000):
+                out += piece
+    os.close(near)
+    assert out.count(b"\n") == 1 and out.count(b"\r") >= 4 and b"50/50" in out
 
 
 # ---- pictures of every kind -----------------------------------------------------------------------
@@ -356,8 +395,8 @@ def test_story(tmp_path):
         ("PASS", "smooth"), ("FAIL", "accuracy"), ("PASS", "overfitting"), ("PASS", "saved")], done.stdout
     assert re.search(r"step +\d+/\d+  loss \d\.\d{4}  val \d\.\d{4}  [\d.]+k? images/s  ", done.stdout)
     out = tmp_path / "out" / "lesson2"
-    assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json", "training.csv", "training.png", "confusion.png",
-                                               "mistakes.png"}
+    assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json", "training.csv", "overfitting.csv", "training.png",
+                                               "confusion.png", "mistakes.png"}
     assert len((out / "training.csv").read_text(encoding="utf-8").splitlines()) == 9
     assert call("predict", "out/lesson2/mistakes.png").returncode == 0      # by the default --model
 
