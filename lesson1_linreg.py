@@ -63,7 +63,7 @@ def show_broadcasting():
     right = (pred[:, 0] - y).square().mean()                    # (256,)
     wrong = (pred - y).square().mean()                          # (256,1) - (256,) -> (256,256)
     print(f"Read: the last row is the silent bug. A perfect prediction (256,1) of a target (256,) has loss {wrong:.2f},"
-          f"\nnot {right:.2f}: all 65536 pairs are compared, and the mean of y minimises that. So loss() asserts shapes.\n")
+          f"\nnot {right:.2f}: all 65536 pairs are compared; the mean of y minimises that. So loss() asserts shapes.\n")
 
 
 # ---- autograd: reverse mode -----------------------------------------------------------------------
@@ -203,7 +203,7 @@ def train(X, y, config, generator, log=lambda *row: None):
                 # In the steepest direction the loss is a parabola of curvature e; a step multiplies the distance to its
                 # bottom by 1 - lr * e, and beyond lr = 2 / e that is less than -1: further away, on the other side.
                 limit = 2 / torch.linalg.eigvalsh(2 / len(X) * with_ones(X).T @ with_ones(X))[-1].item()
-                raise BadInput(f"diverged: the loss was {start:.3g}, after {len(rows)} iterations it is {rows[-1][0]:.3g}; "
+                raise BadInput(f"diverged: loss {start:.3g} at first, {rows[-1][0]:.3g} after {len(rows)} iterations; "
                                f"steps of --lr {config.lr:g} overshoot the minimum. On these data the limit is about "
                                f"{limit:.2g}, lower with small batches: try --lr {limit / 5:.1g}")
             with torch.no_grad():                               # 4. update: not a part of the next graph
@@ -241,7 +241,7 @@ def show_omissions(X, y, lr=0.1, iterations=25):
         except RuntimeError as e:
             print(f"{what:34}RuntimeError: {e}")
     print("Read: unzeroed gradients add up, and the sum swings past the minimum for ever; an update before backward"
-          "\nuses the zeros just written (with w.grad = None, as in train(), a TypeError); a recorded one is refused.\n")
+          "\nuses the zeros just written (with w.grad = None, as in train(), a TypeError); recording one is refused.\n")
     return final
 
 

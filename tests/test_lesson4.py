@@ -11,13 +11,12 @@ import time
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 
 import lesson4_gpt as lesson
 from lesson1_linreg import BadInput
-from lesson3_charrnn import CharTokenizer, load_plays
+from lesson3_charrnn import load_plays, save_checkpoint
 from lesson4_gpt import GPT, BPETokenizer, GPTConfig, Muon, ScaledDotProductAttention, attention_mask, generate
 
 ROOT = pathlib.Path(lesson.__file__).parent
@@ -184,7 +183,7 @@ def test_cached_and_uncached_logits_agree(position):
 
 def test_generation_with_cache_equals_without_beyond_the_context():
     model, idx = random_gpt(), torch.randint(20, (2, 3))
-    assert torch.equal(generate(model, idx, 60, temperature=0), generate(model, idx, 60, temperature=0, use_cache=False))
+    assert torch.equal(generate(model, idx, 60, temperature=0), generate(model, idx, 60, temperature=0, cached=False))
     draws = [generate(model, idx, 30, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2]) and draws[0].shape == (2, 33)
 
@@ -227,12 +226,12 @@ def test_resume_is_bitwise_equal_to_an_undisturbed_run(run, tmp_path, text_file)
     train(run, tmp_path / "whole", *flags)
     process = subprocess.Popen([sys.executable, ROOT / "lesson4_gpt.py", "train", *map(str, SMALL), "--out", tmp_path / "cut",
                                 *map(str, flags)], stdout=subprocess.DEVNULL)
-    while not (tmp_path / "cut" / "checkpoint.pt").exists():
+    while not (tmp_path / "cut" / "last.ckpt").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) in (130, 0)                          # 0: it was faster than the signal
     train(run, tmp_path / "cut", "--resume", "--text", text_file)
-    a, b = (lesson.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
+    a, b = (lesson.load_checkpoint(tmp_path / name / "last.ckpt") for name in ("whole", "cut"))
     assert a["step"] == b["step"] == 40 and a["rows"] == b["rows"]
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     assert (tmp_path / "whole" / "loss.csv").read_bytes() == (tmp_path / "cut" / "loss.csv").read_bytes()
@@ -246,7 +245,7 @@ def test_two_processes_equal_one(run, tmp_path, text_file):
                            "train", *map(str, SMALL + flags), "--accumulation", "2", "--out", tmp_path / "two"],
                           capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    a, b = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    a, b = (lesson.load_checkpoint(tmp_path / name / "last.ckpt")["model"] for name in ("one", "two"))
     for key in a:
         assert torch.allclose(a[key], b[key], atol=2e-3), key
 
@@ -267,7 +266,7 @@ def test_train_writes_curve_weights_and_learns(trained):
     assert rows[0] == "step,loss,val,val_bits_per_char" and len(rows) == 4
     values = [float(row.split(",")[2]) for row in rows[1:]]
     assert values[-1] < values[0] < math.log(79) + 0.1
-    assert (trained / "loss.png").stat().st_size > 5000 and (trained / "config.json").exists()
+    assert (trained / "loss.png").stat().st_size > 5000 and (trained / "best.ckpt").exists()
     assert not [p for p in trained.iterdir() if p.name.startswith(".")]      # no temporary file left
 
 
@@ -324,16 +323,20 @@ def test_bad_texts(run, tmp_path):
 
 def test_damaged_and_foreign_weights(run, tmp_path, text_file):
     train(run, tmp_path, "--text", text_file, "--steps", 4, "--eval-every", 2)
-    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    whole = weights.read_bytes()
+    best = tmp_path / "best.ckpt"
+    whole = best.read_bytes()
     sample = ("lesson4_gpt.py", "sample", "--out", tmp_path, "--prompt", "the")
-    weights.write_bytes(whole[:len(whole) // 2])
-    assert "damaged" in run(*sample, code=2).stderr
-    weights.write_bytes(whole)
-    config.write_text(config.read_text(encoding="utf-8").replace('"n_layer": 2', '"n_layer": 3'), encoding="utf-8")
+    for damaged in (whole[:len(whole) // 2], whole[:5000] + b"?" + whole[5001:], b""):
+        best.write_bytes(damaged)
+        (tmp_path / "best.prev").unlink(missing_ok=True)
+        assert "damaged" in run(*sample, code=2).stderr
+    saved = lesson.load_checkpoint(tmp_path / "last.ckpt")
+    saved["config"]["n_layer"] = 3
+    save_checkpoint(best, saved)
+    (tmp_path / "best.prev").unlink()
     assert "another shape" in run(*sample, code=2).stderr
     assert "another shape" in train(run, tmp_path, "--text", text_file, "--resume", "--n-embd", 64, code=2).stderr
-    for name in ("checkpoint.pt", "checkpoint.prev"):
+    for name in ("last.ckpt", "last.prev"):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-100])
     assert "checkpoint" in run("lesson4_gpt.py", "train", "--resume", "--out", tmp_path, "--text", text_file, code=2).stderr.splitlines()[-1]
 
@@ -341,11 +344,11 @@ def test_damaged_and_foreign_weights(run, tmp_path, text_file):
 def test_nan_stops_with_advice_and_keeps_what_was_saved(monkeypatch, tmp_path, text_file):
     flags = ["train", *map(str, SMALL), "--text", str(text_file), "--out", str(tmp_path), "--eval-every", "2", "--steps"]
     lesson.main(flags + ["4"])
-    before, honest = (tmp_path / "checkpoint.pt").read_bytes(), lesson.train_step
+    before, honest = (tmp_path / "last.ckpt").read_bytes(), lesson.train_step
     monkeypatch.setattr(lesson, "train_step", lambda *args: honest(*args) * math.nan)
     with pytest.raises(BadInput, match="loss is nan at step 1: lower --lr"):
         lesson.main(flags + ["4"])
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert (tmp_path / "last.ckpt").read_bytes() == before
 
 
 def test_no_network_names_the_ways_out(monkeypatch, tmp_path):
