@@ -178,7 +178,9 @@ class Images(Dataset):
     for one that was labelled. Mirroring, the other classic, hurts: in these data every shoe points to the left."""
 
     def __init__(self, images, labels, generator=None):
-        self.images, self.labels, self.generator = images, labels.long(), generator
+        padded = F.pad(images, (1, 1, 1, 1))                    # (N,28,28) -> (N,30,30)
+        self.windows = padded.unfold(1, 28, 1).unfold(2, 28, 1)     # -> (N,3,3,28,28), a view: strides alone say where
+        self.labels, self.generator = labels.long(), generator
 
     def __len__(self):
         return len(self.labels)
@@ -189,13 +191,10 @@ class Images(Dataset):
 
     def __getitems__(self, indices):
         """A whole batch, (B,28,28) and (B,). A loader calls this, if there is one, instead of __getitem__ B times."""
-        images, B = self.images[indices], len(indices)                              # (N,28,28) -> (B,28,28)
-        if self.generator is not None:
-            padded = F.pad(images, (1, 1, 1, 1))                                    # (B,28,28) -> (B,30,30)
-            dy, dx = torch.randint(3, (2, B, 1), generator=self.generator)          # (2,B,1) -> (B,1), (B,1)
-            rows, columns = torch.arange(28) + dy, torch.arange(28) + dx            # (28,) + (B,1) -> (B,28)
-            images = padded[torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None]]     # -> (B,28,28)
-        return images, self.labels[indices]
+        shape = 2, len(indices)
+        dy, dx = torch.ones(shape, dtype=torch.long) if self.generator is None else torch.randint(
+            3, shape, generator=self.generator)                                     # (2,B) -> (B,), (B,)
+        return self.windows[indices, dy, dx], self.labels[indices]                  # -> (B,28,28), (B,)
 
 
 def loader(dataset, size, shuffle=None):
@@ -286,7 +285,7 @@ def fit(config, train, val):
     device, generator = pick_device(config.device), torch.Generator().manual_seed(config.seed)
     model = MLP(config.hidden, config.dropout).to(device)
     batches = loader(Images(*train, generator if config.shift else None), config.batch_size, generator)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimiser = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
     steps = config.epochs * len(batches)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, steps)     # up to lr, then down to almost 0
     progress, rows, step = Progress(steps, unit="images"), [], 0
@@ -453,7 +452,7 @@ def show_loader(images, labels):
     """Images per second, by a Dataset that the loader has to ask for each image and by one it can ask for a batch."""
     class OneByOne(Images):
         __getitems__ = None
-        __getitem__ = lambda self, i: (self.images[i], self.labels[i])
+        __getitem__ = lambda self, i: (self.windows[i, 1, 1], self.labels[i])
 
     for name, batches in (("__getitem__", DataLoader(OneByOne(images, labels), 500)),
                           ("__getitems__", loader(Images(images, labels), 500))):
