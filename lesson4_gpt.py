@@ -61,6 +61,7 @@ class GPTConfig:
     seed: int = flag(0, "of the weights and of the order of the windows", 0)
 
 
+SOFT_CAP = 15.0
 GPU = dict(context=256, n_layer=6, n_head=6, n_embd=384, dropout=0.3, batch_size=64, steps=2500)    # a GPU has time for
 
 # ---- tokens: byte-pair encoding, trained by hand --------------------------------------------------
@@ -129,8 +130,8 @@ TOKENIZERS = {"chars": CharTokenizer, "bpe": BPETokenizer}
 # ---- attention ------------------------------------------------------------------------------------
 
 def attention_mask(Tq, Tk, real=None, device=None):
-    """What is added to the scores: 0 where a query may look, -inf where not. The look-ahead mask (Tq,Tk) hides later keys
-    (the queries are the last Tq of Tk tokens); the padding mask, where real (B,Tk) is False, padding: (B,1,Tq,Tk) both.
+    """What is added to the scores: 0 where a query may look, -inf where not. The look-ahead mask (Tq,Tk) hides later
+    keys, the queries being the last Tq of Tk tokens; where real (B,Tk) is False, padding is hidden too: (B,1,Tq,Tk).
     Every token may see itself: a row of nothing but -inf would make the softmax 0/0."""
     hidden = torch.ones(Tq, Tk, dtype=torch.bool, device=device).triu(1 + Tk - Tq)              # (Tq,Tk)
     if real is not None:
@@ -159,7 +160,7 @@ def angles(position, D):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair of channels (x_i, x_{i+D/2}) by its position's angle: q.k then depends on the tokens' distance only.
+    """Turn each pair of channels (x_i, x_{i+D/2}) by its position's angle: q.k then depends on the distance only.
     x (B,H,T,D), cos and sin (T,D/2) -> (B,H,T,D). Su et al. 2021, eq. 34."""
     a, b = x.chunk(2, -1)                                               # (B,H,T,D/2) each
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)        # (B,H,T,D)
@@ -171,8 +172,8 @@ def norm(x):
 
 
 class MultiHeadAttention(nn.Module):
-    """H attentions side by side, each on D channels of its own. Query: what do I look for? Key: what am I? Value: what do
-    I hand over? All three are learned views of the same x. (B,T,C) -> (B,T,C). Vaswani et al. 3.2.2."""
+    """H attentions side by side, each on D channels of its own. Query: what do I look for? Key: what am I? Value: what
+    do I hand over? All three are learned views of the same x. (B,T,C) -> (B,T,C). Vaswani et al. 3.2.2."""
 
     def __init__(self, config):
         super().__init__()
@@ -231,11 +232,10 @@ class GPT(nn.Module):
         """idx (B,T) -> logits (B,T,V), and the mean cross-entropy in nats over targets (B,T), -1 left out, or None.
         real (B,T): False marks padding. cache: a dict kept from call to call; idx then holds the new tokens only."""
         x, T, rotation, seen = self.token(idx), idx.size(1), None, {} if cache is None else cache   # (B,T) -> (B,T,C)
-        if real is not None:
-            x = x * real[:, :, None]                                                            # (B,T,C) * (B,T,1)
+        heard = x if real is None else x * real[:, :, None]                                     # (B,T,C) * (B,T,1)
         past, last = seen.get("past", (0, torch.zeros_like(x[:, :1])))
-        seen["past"] = past + T, x[:, -1:]
-        x = x + self.shift * torch.cat([last, x[:, :-1]], 1)        # token shift: a little of the token before (README)
+        seen["past"] = past + T, heard[:, -1:]
+        x = x + self.shift * torch.cat([last, heard[:, :-1]], 1)    # token shift: a little of the token before
         position = torch.arange(past, past + T, device=idx.device)                              # (T,)
         if self.place:
             x = x + self.place(position)                                                        # (B,T,C) + (T,C)
@@ -250,7 +250,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, mask, rotation, cache)
         logits = self.head(norm(x)).float()                                                     # (B,T,C) -> (B,T,V)
-        logits = 15 * torch.tanh(logits / 15)       # soft cap: no token is ever ruled out for good (Gemma 2, 2024)
+        logits = SOFT_CAP * torch.tanh(logits / SOFT_CAP)       # no token is ever ruled out for good (Gemma 2, 2024)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)    # (B*T,V), (B*T,)
@@ -328,7 +328,7 @@ def schedule(step, config):
 # ---- training -------------------------------------------------------------------------------------
 
 def autocast(config, device):
-    """A context of bf16 matrix products where hardware has them (elsewhere they are slower than fp32), or of nothing."""
+    """A context of bf16 matrix products where hardware has them (elsewhere they are slower than fp32), else none."""
     native = device.type == "cuda" or any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16"))
     bf16 = config.precision == "bf16" or config.precision == "auto" and native and device.type != "mps"
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
@@ -377,7 +377,8 @@ def load_model(out, device):
 
 
 def train(config, device, out, resume=False):
-    """Train; checkpoints, CSV and PNG go to `out`. Returns (model, tokenizer, loss on all of the validation text). Under torchrun every process takes its share of the same windows, and rank 0 alone writes. Raises BadInput."""
+    """Train; checkpoints, CSV and PNG go to `out`. Returns (model, tokenizer, loss on the whole validation split).
+    Under torchrun every process takes its share of the same windows, and rank 0 alone writes. Raises BadInput."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if config.batch_size % (world * config.accumulation):
         raise BadInput(f"--batch-size {config.batch_size} must divide by {world} processes times "
@@ -417,8 +418,9 @@ def train(config, device, out, resume=False):
             "order": order.get_state(), "random": random_states()})
 
     if rank == 0:
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; {len(ids):,} tokens to learn from, "
-              f"{len(val_ids):,} to validate on; knowing nothing is loss {math.log(config.vocab_size):.4f}", flush=True)
+        size, nothing = sum(p.numel() for p in model.parameters()), math.log(config.vocab_size)
+        print(f"{size:,} parameters on {device}; {len(ids):,} tokens to learn from, {len(val_ids):,} to validate on; "
+              f"knowing nothing is loss ln {config.vocab_size} = {nothing:.4f}", flush=True)
     progress, precision, val = Progress(config.steps, start), autocast(config, device), None
     with StopRequest() as stop:
         for step in range(start + 1, config.steps + 1):
@@ -523,14 +525,15 @@ def mask(out):
     return [
         ("mask: the lower triangle has values", bool((weights[:, ~upper] > 0).all()),
          f"the smallest weight is {weights[:, ~upper].min():.4f}"),
-        ("mask: the upper triangle is masked", bool((scores[:, upper] == -math.inf).all() and not weights[:, upper].any()),
+        ("mask: the upper triangle is masked",
+         bool((scores[:, upper] == -math.inf).all() and not weights[:, upper].any()),
          f"{scores[:, upper].numel()} scores of -inf became weights of exactly 0"),
         ("mask: the future changes nothing", bool(future[:t + 1].max() == 0 < future[t + 1:].min()),
          f"other characters after {t} move logits up to {t} by {future[:t + 1].max():g}, all later ones by more"),
         ("mask: no gradient from the future", bool(reach[t + 1:].max() == 0 < reach[:t + 1].min()),
          f"d logit {t} / d input is exactly 0 after {t}, and nowhere 0 before"),
         ("mask: padding changes nothing", bool(padding == 0), f"other padding moves real logits by {padding:g}"),
-        ("mask: a row of padding only", all(g.isfinite().all() for g in (logits, *gradients)), "no NaN, also in gradients")]
+        ("mask: a row of padding only", all(g.isfinite().all() for g in (logits, *gradients)), "no NaN anywhere")]
 
 
 def why_sqrt():
@@ -546,7 +549,7 @@ def why_sqrt():
             jacobian = torch.diag_embed(w) - w[:, :, None] * w[:, None, :]                      # (500,64,64)
             cells.append((torch.special.entr(w).sum(-1).mean(), jacobian.norm(dim=(1, 2)).mean()))
         (entropy, gradient), (entropy_scaled, gradient_scaled) = cells
-        print(f"{d_k:4} {dots.var():8.1f} {entropy:10.3f} {entropy_scaled:12.3f} {gradient:12.4f} {gradient_scaled:12.4f}")
+        print(f"{d_k:4}{dots.var():9.1f} {entropy:10.3f} {entropy_scaled:12.3f} {gradient:12.4f} {gradient_scaled:12.4f}")
     print("q.k sums d_k products, so its variance is d_k. Undivided, the softmax picks one key and passes no gradient.")
 
 
@@ -580,8 +583,8 @@ def positions(device):
             train_step(model, optimizers, window[:, :-1], window[:, 1:], schedule(step, config))
         lengths = (32,) if kind == "learned" else (32, 64, 128)
         print(f"{kind:12}  {' '.join(f'{evaluate(model, val_ids, T, 100):14.3f}' for T in lengths)}")
-    print("Absolute: learned has no row for place 32, and unseen sinusoids mislead. Relative: rotary meets unseen distances\n"
-          "only, and suffers least.")
+    print("Absolute: learned has no row for place 32, and unseen sinusoids mislead. Relative: rotary meets unseen\n"
+          "distances only, and suffers least.")
 
 
 def overfit(device, sentence="Server Engineer turns to AI", steps=100):
@@ -604,12 +607,12 @@ def overfit(device, sentence="Server Engineer turns to AI", steps=100):
 
 # ---- use ------------------------------------------------------------------------------------------
 
-def sample(model, tokenizer, prompt, length, stop="", seed=0, **how):
-    """`prompt` and up to `length` tokens more, as text, ending before `stop`. Raises BadInput."""
+def sample(model, tokenizer, prompt, max_new_tokens, stop="", seed=0, **how):
+    """`prompt` and up to `max_new_tokens` more, as text, ending before `stop`. Raises BadInput."""
     if not prompt:
         raise BadInput("the prompt is empty; give --prompt at least one character")
     ids = torch.tensor([tokenizer.encode(prompt)], device=model.head.weight.device)             # (1,T)
-    said = generate(model, ids, length, generator=torch.Generator().manual_seed(seed), **how,
+    said = generate(model, ids, max_new_tokens, generator=torch.Generator().manual_seed(seed), **how,
                     stop=lambda idx: stop and stop in tokenizer.decode(idx[0, ids.size(1):].tolist()))
     said = tokenizer.decode(said[0, ids.size(1):].tolist())
     return prompt + (said.partition(stop)[0] if stop else said)

@@ -76,6 +76,14 @@ def test_mask_proofs_pass_and_can_fail(tmp_path, monkeypatch):
         assert all(word in failed for word in broken)
 
 
+def test_padded_batch_equals_each_sentence_alone():
+    model, rows = random_gpt(), [torch.randint(20, (n,)) for n in (3, 12, 7)]
+    idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    real = torch.arange(12) >= 12 - torch.tensor([[3], [12], [7]])
+    for row, logits in zip(rows, model(idx, real=real)[0]):
+        assert torch.allclose(logits[-len(row):], model(row[None])[0][0], atol=1e-4)
+
+
 # ---- equality with independent implementations ----------------------------------------------------
 
 @pytest.mark.parametrize("causal,padded", [(True, False), (False, True), (True, True)])
@@ -338,7 +346,7 @@ def test_damaged_and_foreign_weights(run, tmp_path, text_file):
     assert "another shape" in train(run, tmp_path, "--text", text_file, "--resume", "--n-embd", 64, code=2).stderr
     for name in ("last.ckpt", "last.prev"):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-100])
-    assert "checkpoint" in run("lesson4_gpt.py", "train", "--resume", "--out", tmp_path, "--text", text_file, code=2).stderr.splitlines()[-1]
+    assert "damaged" in train(run, tmp_path, "--resume", "--text", text_file, code=2).stderr
 
 
 def test_nan_stops_with_advice_and_keeps_what_was_saved(monkeypatch, tmp_path, text_file):

@@ -1,0 +1,214 @@
+"""The numbers of lesson 4. Each prints a table and names the machine; run them on a machine that does nothing else.
+
+    python tests/bench_lesson4.py shakespeare --text tinyshakespeare.txt [--nanogpt FOLDER]
+    python tests/bench_lesson4.py attention         our attention against PyTorch's fused one, a training step
+    python tests/bench_lesson4.py cache             sampling with and without the KV cache
+    python tests/bench_lesson4.py ablation --text tinyshakespeare.txt [--seconds 30]
+
+tinyshakespeare.txt is the 1,115,394 characters of nanoGPT's data/shakespeare_char/input.txt; FOLDER is a clone of
+github.com/karpathy/nanoGPT whose prepare.py has been run there: its published CPU command then runs beside ours.
+"""
+import argparse
+import contextlib
+import dataclasses
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import lesson4_gpt as lesson
+from lesson3_charrnn import CharTokenizer, read_text, split_text
+
+CPU = torch.device("cpu")
+
+
+def load(path):
+    text = read_text(path)
+    tokenizer = CharTokenizer.train(text)
+    return tokenizer, *(torch.tensor(tokenizer.encode(part)) for part in split_text(text, 256))
+
+
+def fit(config, ids, seed):
+    """Train on ids with nothing but the training step; returns (model, seconds)."""
+    torch.manual_seed(seed)
+    model, order = lesson.GPT(config), torch.Generator().manual_seed(seed)
+    optimizers, precision, began = lesson.make_optimizers(model, config), lesson.autocast(config, CPU), time.perf_counter()
+    for step in range(config.steps):
+        window = ids[torch.randint(len(ids) - config.context, (config.batch_size, 1), generator=order) + torch.arange(config.context + 1)]
+        lesson.train_step(model, optimizers, window[:, :-1], window[:, 1:], lesson.schedule(step, config), 1, precision)
+    return model, time.perf_counter() - began
+
+
+def shakespeare(args):
+    """Whole commands, their wall time, and the loss over the whole validation split by one evaluator."""
+    _, _, val = load(args.text)
+    runs, short, theirs = [], [], []
+    with tempfile.TemporaryDirectory() as tmp:
+        def ours(seed, *flags):
+            out, began = pathlib.Path(tmp) / f"{seed}-{len(flags)}", time.perf_counter()
+            subprocess.run([sys.executable, lesson.__file__, "train", "--text", args.text, "--device", "cpu", "--seed", str(seed),
+                            "--out", out, *flags], check=True, stdout=subprocess.DEVNULL)
+            seconds, (model, _) = time.perf_counter() - began, lesson.load_model(out, CPU)
+            return seconds, lesson.evaluate(model, val, model.config.context)
+        for seed in range(args.seeds):
+            if args.nanogpt:
+                theirs.append(nanogpt(args.nanogpt, val))
+                print(f"nanoGPT, its CPU command     {theirs[-1][0]:6.1f} s   loss {theirs[-1][1]:.4f}", flush=True)
+            runs.append(ours(seed))
+            print(f"lesson4_gpt.py train         {runs[-1][0]:6.1f} s   loss {runs[-1][1]:.4f}   seed {seed}", flush=True)
+            short.append(ours(seed, "--steps", "220"))
+            print(f"the same with --steps 220    {short[-1][0]:6.1f} s   loss {short[-1][1]:.4f}   seed {seed}", flush=True)
+    for name, rows in (("nanoGPT", theirs), ("lesson 4", runs), ("lesson 4, --steps 220", short)):
+        if rows:
+            print(f"median of {len(rows)}: {name:22} {statistics.median(r[0] for r in rows):6.1f} s   "
+                  f"loss {statistics.median(r[1] for r in rows):.4f}")
+    if theirs:
+        ratios = [statistics.median(r[0] for r in rows) / statistics.median(r[0] for r in theirs) for rows in (runs, short)]
+        print(f"time against nanoGPT's: {ratios[0]:.2f} for the whole run, {ratios[1]:.2f} for the short one")
+
+
+def nanogpt(folder, val):
+    """Run the CPU command of nanoGPT's README; (seconds, loss of its checkpoint over the whole split, windows of 64)."""
+    with tempfile.TemporaryDirectory() as out:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False",
+                        "--eval_iters=20", "--log_interval=100", "--block_size=64", "--batch_size=12", "--n_layer=4",
+                        "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
+                        f"--out_dir={out}"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - began
+        sys.path.insert(0, folder)
+        import model as theirs
+        saved = torch.load(pathlib.Path(out) / "ckpt.pt", map_location="cpu", weights_only=True)
+        model = theirs.GPT(theirs.GPTConfig(**saved["model_args"]))
+        model.load_state_dict(saved["model"])
+        return seconds, lesson.evaluate(model, val, 64)
+
+
+def attention(args):
+    """One training step, forward to update, with our attention and with F.scaled_dot_product_attention, in turns."""
+    def fused(self, q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True), None
+    config = lesson.GPTConfig(vocab_size=65)
+    x = torch.randint(65, (config.batch_size, config.context + 1))
+    model, times = lesson.GPT(config), {"by hand": [], "fused": []}
+    optimizers, precision = lesson.make_optimizers(model, config), lesson.autocast(config, CPU)
+    for turn in range(60):
+        for name in times:
+            patch = mock.patch.object(lesson.ScaledDotProductAttention, "forward", fused)
+            with patch if name == "fused" else contextlib.nullcontext():
+                began = time.perf_counter()
+                lesson.train_step(model, optimizers, x[:, :-1], x[:, 1:], 1, 1, precision)
+                times[name].append(time.perf_counter() - began)
+    hand, fused = (statistics.median(t[10:]) * 1000 for t in times.values())
+    print(f"training step, median of 50: by hand {hand:.1f} ms, fused {fused:.1f} ms, ratio {hand / fused:.2f}")
+
+
+def cache(args):
+    """512 tokens from one character, with and without the cache, at the default context and at one that holds them all."""
+    for context in (128, 640):
+        torch.manual_seed(0)
+        model, times = lesson.GPT(lesson.GPTConfig(vocab_size=65, context=context)), {True: [], False: []}
+        for _ in range(3):
+            for cached in times:
+                began = time.perf_counter()
+                lesson.generate(model, torch.zeros(1, 1, dtype=torch.long), 512, cached=cached)
+                times[cached].append(time.perf_counter() - began)
+        with_, without = (statistics.median(t) for t in times.values())
+        print(f"context {context}: 512 tokens in {with_:.2f} s with the cache ({512 / with_:.0f} tokens/s), {without:.2f} s without: "
+              f"{without / with_:.1f} times faster")
+
+
+@contextlib.contextmanager
+def attribute(owner, name, value):
+    with mock.patch.object(owner, name, value):
+        yield
+
+
+def after_init(change):
+    """GPT whose constructor ends with change(model)."""
+    honest = lesson.GPT.__init__
+
+    def init(self, config):
+        honest(self, config)
+        change(self)
+    return attribute(lesson.GPT, "__init__", init)
+
+
+def random_projections(model):
+    for block in model.blocks:
+        for layer in (block.attention.out, block.down):
+            torch.nn.init.normal_(layer.weight, std=layer.in_features ** -0.5 / (2 * len(model.blocks)) ** 0.5)
+
+
+def tie(model):
+    torch.nn.init.normal_(model.token.weight, std=0.02)
+    model.head.weight = model.token.weight
+
+
+def gelu_forward(self, x, mask, rotation=None, cache=None):
+    x = x + self.dropout(self.attention(lesson.norm(x), mask, rotation, cache))
+    return x + self.dropout(self.down(F.gelu(self.up(lesson.norm(x)))))
+
+
+def adamw_only(model, config):
+    matrices, rest = list(model.blocks.parameters()), [p for n, p in model.named_parameters() if not n.startswith("blocks")]
+    optimizers = [torch.optim.AdamW(group, config.adam_lr, betas=(0.9, 0.95), weight_decay=0.1) for group in (matrices, rest)]
+    for o in optimizers:
+        o.param_groups[0]["initial_lr"] = config.adam_lr
+    return optimizers
+
+
+HONEST_NORM = lesson.norm
+VARIANTS = {                                    # name: (what changes in the config, a context that patches the lesson)
+    "as shipped": ({}, contextlib.nullcontext),
+    "AdamW instead of Muon": ({}, lambda: attribute(lesson, "make_optimizers", adamw_only)),
+    "learned positions": ({"position": "learned"}, contextlib.nullcontext),
+    "sinusoidal positions": ({"position": "sinusoidal"}, contextlib.nullcontext),
+    "no token shift": ({}, lambda: after_init(lambda model: model.shift.requires_grad_(False))),
+    "no QK-norm": ({}, lambda: attribute(lesson, "norm", lambda x: x if x.dim() == 4 else HONEST_NORM(x))),
+    "LayerNorm": ({}, lambda: attribute(lesson, "norm", lambda x: F.layer_norm(x, x.shape[-1:]))),
+    "GELU": ({}, lambda: attribute(lesson.Block, "forward", gelu_forward)),
+    "random projections": ({}, lambda: after_init(random_projections)),
+    "head tied to embedding": ({}, lambda: after_init(tie)),
+    "no soft cap": ({}, lambda: attribute(lesson, "SOFT_CAP", 1e4)),
+    "batch 16": ({"batch_size": 16}, contextlib.nullcontext),
+    "fp32": ({"precision": "fp32"}, contextlib.nullcontext),
+}
+
+
+def ablation(args):
+    """Each variant trained for the same wall time; its loss over the whole validation split against the shipped one's."""
+    tokenizer, ids, val = load(args.text)
+    base = None
+    print(f"{args.seconds:.0f} s of training each, {args.seeds} seeds\n{'variant':24} steps   loss     std      against shipped")
+    for name, (changes, patch) in VARIANTS.items():
+        with patch():
+            config = lesson.GPTConfig(vocab_size=len(tokenizer.vocabulary), **changes)
+            _, seconds = fit(dataclasses.replace(config, steps=20), ids, 0)
+            _, seconds = fit(dataclasses.replace(config, steps=20), ids, 0)         # the first one warmed up
+            config.steps = int(args.seconds / seconds * 20)
+            losses = [lesson.evaluate(fit(config, ids, seed)[0], val, config.context) for seed in range(args.seeds)]
+        mean = statistics.mean(losses)
+        base = base or mean
+        print(f"{name:24} {config.steps:5} {mean:8.4f} {statistics.stdev(losses):8.4f} {mean - base:+9.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["shakespeare", "attention", "cache", "ablation"])
+    parser.add_argument("--text")
+    parser.add_argument("--nanogpt")
+    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"bf16: {not isinstance(lesson.autocast(lesson.GPTConfig(), CPU), contextlib.nullcontext)}")
+    globals()[args.what](args)
