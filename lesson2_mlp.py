@@ -291,15 +291,16 @@ def fit(config, train, val):
     progress, rows, step = Progress(steps, unit="images"), [], 0
     for epoch in range(1, config.epochs + 1):
         model.train()                   # dropout on, batch norm by the batch
+        total = 0.0
         for images, labels in batches:  # (B,28,28), (B,)
             optimiser.zero_grad()                                               # 1. zero
             loss = F.cross_entropy(model(images), labels.to(device), label_smoothing=config.smoothing)  # 2. forward
             loss.backward()                                                     # 3. backward
             optimiser.step()                                                    # 4. update
             schedule.step()
-            step += 1
+            step, total = step + 1, total + loss.item()
             progress(step, step * config.batch_size, loss=loss.item(), val=rows[-1]["val_loss"] if rows else None)
-        row = dict(epoch=epoch)
+        row = dict(epoch=epoch, loss=total / len(batches))
         for name, (x, y) in dict(train=train, val=val).items():     # both not shifted, without dropout and smoothing
             row[f"{name}_loss"], row[f"{name}_acc"] = score(model.probabilities(x[:5000]), y[:5000])
         rows.append(row)
@@ -410,11 +411,13 @@ def plot_curves(path, rows, small):
     figure, axes = new_figure(1, 3, (16, 4))
     worse = min(small, key=lambda r: r["val_loss"])["epoch"] + 1
     for ax, data, name, unit, title in [
-            (axes[0], rows, "loss", "loss, nats per image", "Both losses fall together"),
+            (axes[0], rows, "loss", "loss, nats per image", "The losses fall together"),
             (axes[1], rows, "acc", "accuracy", f"{rows[-1]['val_acc']:.1%} of validation images are right"),
             (axes[2], small, "loss", "loss, nats per image", f"5,000 images: overfitting from epoch {worse} on")]:
         for part, style, label in (("train", "k--", "training"), ("val", "k-", "validation")):
             ax.plot([r["epoch"] for r in data], [r[f"{part}_{name}"] for r in data], style, label=label)
+        if ax is axes[0]:               # its own scale of difficulty: shifted images, smoothed labels
+            ax.plot([r["epoch"] for r in data], [r["loss"] for r in data], "k:", label="training, as minimised")
         ax.set(title=title, xlabel="epoch", ylabel=unit)
         ax.legend()
     save_figure(path, figure)
@@ -464,10 +467,10 @@ def show_loader(images, labels):
 
 
 def smooth(losses):
-    """Is the curve smooth? No epoch may raise the loss by more than 5 %, and it has to fall by a third in all."""
+    """Is the curve smooth? No epoch may raise the loss by more than 1 %, and it has to fall by a quarter in all."""
     rise = max([b / a - 1 for a, b in zip(losses, losses[1:])], default=0.0)
-    return (rise <= 0.05 and losses[-1] <= losses[0] * 2 / 3,
-            f"{losses[0]:.3f} -> {losses[-1]:.3f} (a third less wanted), largest rise {max(rise, 0):.1%} (5 % allowed)")
+    return (rise <= 0.01 and losses[-1] <= losses[0] * 0.75,
+            f"{losses[0]:.3f} -> {losses[-1]:.3f} (a quarter less wanted), top rise {max(rise, 0):.1%} (1 % allowed)")
 
 
 def story(config):
@@ -497,7 +500,7 @@ def story(config):
     print(f"\nwrote {', '.join(sorted(f.name for f in OUT.iterdir()))} into {OUT}")
     same = torch.equal(load_model(OUT).probabilities(images).argmax(1), p.argmax(1))
     return report([
-        ("smooth", *smooth([r["train_loss"] for r in rows])),
+        ("smooth", *smooth([r["loss"] for r in rows])),
         ("accuracy", accuracy >= 0.9, f"{accuracy:.2%} of {len(labels)} test images (90 % wanted), loss {loss:.3f}"),
         ("overfitting", last["val_loss"] > 1.05 * best["val_loss"], f"5,000 images: validation loss {val_losses}"),
         ("saved", same, "the model, loaded again, gives the same labels")])
