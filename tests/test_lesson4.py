@@ -223,6 +223,19 @@ def test_bpe_takes_any_text_and_follows_the_merge_order():
     assert tokenizer.vocabulary[256] == max(["lo", "ow", " l"], key=lambda p: (" low low low lower lowest newest".count(p), tuple(p)))
 
 
+def test_bpe_learns_the_merges_that_tokenizers_learns():
+    peer = pytest.importorskip("tokenizers")
+    text = load_plays()[:1_000_000]
+    theirs = peer.Tokenizer(peer.models.BPE())
+    theirs.pre_tokenizer = peer.pre_tokenizers.Sequence([
+        peer.pre_tokenizers.Split(peer.Regex(lesson.WORD), "isolated"), peer.pre_tokenizers.ByteLevel(False, use_regex=False)])
+    alphabet = peer.pre_tokenizers.ByteLevel.alphabet()
+    theirs.train_from_iterator([text], peer.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    merges = {t.replace("Ġ", " ").replace("Ċ", "\n") for t in theirs.get_vocab() if len(t) > 1}
+    ours = set(BPETokenizer.train(text, 400).vocabulary[256:])
+    assert len(merges) == len(ours) == 144 and len(merges & ours) >= 140           # ties may fall either way
+
+
 # ---- training: resume, several processes ----------------------------------------------------------
 
 def train(run, out, *flags, **options):
