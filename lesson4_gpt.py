@@ -43,7 +43,7 @@ class GPTConfig:
     vocab_size: int = flag(512, "V for BPE; with characters the text decides", 257)
     context: int = flag(128, "T: tokens the model looks back on", 2)
     n_layer: int = flag(4, "blocks", 1)
-    n_head: int = flag(4, "H: attention heads", 1)
+    n_head: int = flag(2, "H: attention heads", 1)
     n_embd: int = flag(128, "C: channels", 4)
     dropout: float = flag(0.0, "share of activations zeroed in training", 0, 0.9)
     position: str = flag("rotary", "how a token knows its place", choices=["learned", "sinusoidal", "rotary"])
@@ -53,7 +53,7 @@ class GPTConfig:
     accumulation: int = flag(1, "micro-batches that a step is cut into, to save memory", 1)
     steps: int = flag(1400, "optimizer steps", 1)
     lr: float = flag(0.02, "Muon's learning rate, for the matrices inside the blocks", 0, 10)
-    adam_lr: float = flag(0.003, "AdamW's learning rate, for embeddings and head", 0, 10)
+    adam_lr: float = flag(0.01, "AdamW's learning rate, for embeddings and head", 0, 10)
     decay: float = flag(0.6, "last share of the steps, over which both rates fall to zero", 0.01, 1)
     eval_every: int = flag(200, "steps between looks at the validation text, and checkpoints", 1)
     precision: str = flag("auto", "of products; auto is bf16 if hardware has it", choices=["auto", "fp32", "bf16"])
@@ -61,8 +61,8 @@ class GPTConfig:
     seed: int = flag(0, "of the weights and of the order of the windows", 0)
 
 
-SOFT_CAP = 15.0
-GPU = dict(context=256, n_layer=6, n_head=6, n_embd=384, dropout=0.3, batch_size=64, steps=2500)    # a GPU has time for
+GPU = dict(context=256, n_layer=6, n_head=6, n_embd=384, dropout=0.3, batch_size=64, steps=2500)    # a GPU's defaults
+SOFT_CAP = 15.0                         # logits stay within -15 and 15
 
 # ---- tokens: byte-pair encoding, trained by hand --------------------------------------------------
 
@@ -124,8 +124,6 @@ class BPETokenizer:
     def decode(self, ids):
         return "".join(self.vocabulary[i] for i in ids).encode("latin-1").decode("utf-8", errors="replace")
 
-
-TOKENIZERS = {"chars": CharTokenizer, "bpe": BPETokenizer}
 
 # ---- attention ------------------------------------------------------------------------------------
 
@@ -280,6 +278,7 @@ def orthogonalize(G, steps=5):
     """The nearest matrix whose singular values are all alike (0.7 to 1.2 after 5 steps). G (..., R, K), same shape out.
     The Newton-Schulz iteration a X + b (XX')X + c (XX')(XX')X with the coefficients of Jordan 2024."""
     X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    X = X.bfloat16() if torch.is_autocast_enabled(G.device.type) else X             # once, not in every product
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X                                             # so that X X' is the small product
     for _ in range(steps):
@@ -296,18 +295,14 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            alike = collections.defaultdict(list)                       # one product for all matrices of a shape
-            for p in group["params"]:
-                alike[p.shape].append(p)
-            for (rows, cols), params in alike.items():
-                updates = []
-                for p in params:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(momentum, group["momentum"]))        # Nesterov's look ahead
-                for p, update in zip(params, orthogonalize(torch.stack(updates))):
-                    p.sub_(update, alpha=group["lr"] * max(1, rows / cols) ** 0.5)
+        group, alike = self.param_groups[0], collections.defaultdict(list)
+        for p in group["params"]:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            alike[p.shape].append((p, p.grad.lerp(momentum, group["momentum"])))    # Nesterov's look ahead
+        for (rows, cols), pairs in alike.items():                       # one product for all matrices of a shape
+            for (p, _), update in zip(pairs, orthogonalize(torch.stack([u for _, u in pairs]))):
+                p.sub_(update, alpha=group["lr"] * max(1, rows / cols) ** 0.5)
 
 
 def make_optimizers(model, config):
@@ -371,7 +366,8 @@ def load_model(out, device):
     try:
         model = GPT(GPTConfig(**saved["config"]))
         model.load_state_dict(saved["model"])
-        return model.to(device).eval(), TOKENIZERS[model.config.tokens](saved["vocabulary"])
+        make = BPETokenizer if model.config.tokens == "bpe" else CharTokenizer
+        return model.to(device).eval(), make(saved["vocabulary"])
     except (TypeError, KeyError, RuntimeError):
         raise BadInput(f"{out / 'best.ckpt'} is of another shape or another lesson: train again") from None
 
@@ -379,16 +375,17 @@ def load_model(out, device):
 def train(config, device, out, resume=False):
     """Train; checkpoints, CSV and PNG go to `out`. Returns (model, tokenizer, loss on the whole validation split).
     Under torchrun every process takes its share of the same windows, and rank 0 alone writes. Raises BadInput."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if device.type == "cuda" else device
     if config.batch_size % (world * config.accumulation):
         raise BadInput(f"--batch-size {config.batch_size} must divide by {world} processes times "
                        f"{config.accumulation} micro-batches")
     saved = load_checkpoint(out / "last.ckpt") if resume else None
     text = read_text(config.text) if config.text else load_plays()
-    if resume:
-        tokenizer = TOKENIZERS[config.tokens](saved["vocabulary"])
+    if config.tokens == "bpe":
+        tokenizer = BPETokenizer(saved["vocabulary"]) if resume else BPETokenizer.train(text, config.vocab_size)
     else:
-        tokenizer = BPETokenizer.train(text, config.vocab_size) if config.tokens == "bpe" else CharTokenizer.train(text)
+        tokenizer = CharTokenizer(saved["vocabulary"]) if resume else CharTokenizer.train(text)
     config.vocab_size = len(tokenizer.vocabulary)
     parts = split_text(text, config.context)
     ids, val_ids = (torch.tensor(tokenizer.encode(part), device=device) for part in parts)      # (N,) each
@@ -399,11 +396,10 @@ def train(config, device, out, resume=False):
     optimizers, start, best, rows = make_optimizers(model, config), 0, math.inf, []
     if resume:
         try:
-            model.load_state_dict(saved["model"])
+            for part, state in zip([model, *optimizers], [saved["model"], *saved["optimizers"]]):
+                part.load_state_dict(state)
         except RuntimeError:
             raise BadInput(f"the checkpoint in {out} is of another shape than the flags: leave them out") from None
-        for o, state in zip(optimizers, saved["optimizers"]):
-            o.load_state_dict(state)
         start, best, rows = saved["step"], saved["best"], saved["rows"]
         order.set_state(saved["order"])
         set_random_states(saved["random"])
@@ -411,6 +407,7 @@ def train(config, device, out, resume=False):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     live = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     live = torch.compile(live) if config.compile else live
+
     def save(name):
         save_checkpoint(out / name, {
             "config": dataclasses.asdict(config), "vocabulary": tokenizer.vocabulary, "step": step, "best": best,
@@ -481,7 +478,7 @@ def attention_maps(model, idx, real=None):
 
 def draw_attention(path, weights, sentence, title):
     """One heatmap per head. weights (H,T,T), sentence of T characters."""
-    figure, axes = new_figure(1, len(weights), (3.5 * len(weights), 4))
+    figure, axes = new_figure(1, len(weights), (3.5 * len(weights), 3.8))
     for head, (axis, matrix) in enumerate(zip(axes, weights.tolist())):
         axis.imshow(matrix, cmap="Greys", vmin=0, vmax=1)
         axis.set(title=f"head {head}", xlabel="key (looked at)", ylabel="query (looking)")
@@ -496,7 +493,7 @@ def mask(out):
     torch.manual_seed(0)
     sentences = ["The King", "Server Engineer turns to AI", "To be", ""]                        # the last: padding only
     tokenizer = CharTokenizer.train("".join(sentences))
-    model = GPT(GPTConfig(vocab_size=len(tokenizer.vocabulary), n_layer=2, n_embd=64)).eval()
+    model = GPT(GPTConfig(vocab_size=len(tokenizer.vocabulary), n_layer=2, n_head=4, n_embd=64)).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)     # a fresh model's zeros ignore every input and would prove nothing
     rows = [torch.tensor(tokenizer.encode(s), dtype=torch.long) for s in sentences]
@@ -543,13 +540,12 @@ def why_sqrt():
     random = torch.Generator().manual_seed(0)
     for d_k in (4, 16, 64, 256, 1024):
         q, k = torch.randn(500, 1, d_k, generator=random), torch.randn(500, 64, d_k, generator=random)
-        dots, cells = (q @ k.mT).squeeze(1), []                         # (500,1,64) -> (500,64)
-        for scores in (dots, dots / math.sqrt(d_k)):
-            w = scores.softmax(-1)
-            jacobian = torch.diag_embed(w) - w[:, :, None] * w[:, None, :]                      # (500,64,64)
-            cells.append((torch.special.entr(w).sum(-1).mean(), jacobian.norm(dim=(1, 2)).mean()))
-        (entropy, gradient), (entropy_scaled, gradient_scaled) = cells
-        print(f"{d_k:4}{dots.var():9.1f} {entropy:10.3f} {entropy_scaled:12.3f} {gradient:12.4f} {gradient_scaled:12.4f}")
+        dots = (q @ k.mT).squeeze(1)                                                            # (500,1,64) -> (500,64)
+        w = torch.stack([dots, dots / math.sqrt(d_k)]).softmax(-1)                              # (2,500,64)
+        entropy = torch.special.entr(w).sum(-1).mean(1).tolist()                                # (2,)
+        jacobian = torch.diag_embed(w) - w[..., :, None] * w[..., None, :]                      # (2,500,64,64)
+        gradient = jacobian.flatten(2).norm(dim=2).mean(1).tolist()                             # (2,)
+        print(f"{d_k:4}{dots.var():9.1f} {entropy[0]:10.3f} {entropy[1]:12.3f} {gradient[0]:12.4f} {gradient[1]:12.4f}")
     print("q.k sums d_k products, so its variance is d_k. Undivided, the softmax picks one key and passes no gradient.")
 
 
