@@ -3,7 +3,7 @@
     python tests/bench_lesson4.py shakespeare --text tinyshakespeare.txt [--nanogpt FOLDER]
     python tests/bench_lesson4.py attention         our attention against PyTorch's fused one, a training step
     python tests/bench_lesson4.py cache             sampling with and without the KV cache
-    python tests/bench_lesson4.py ablation --text tinyshakespeare.txt [--seconds 30]
+    python tests/bench_lesson4.py ablation --text tinyshakespeare.txt [--steps 300]
 
 tinyshakespeare.txt is the 1,115,394 characters of nanoGPT's data/shakespeare_char/input.txt; FOLDER is a clone of
 github.com/karpathy/nanoGPT whose prepare.py has been run there: its published CPU command then runs beside ours.
@@ -180,21 +180,24 @@ VARIANTS = {                                    # name: (what changes in the con
     "head tied to embedding": ({}, lambda: after_init(tie)),
     "no soft cap": ({}, lambda: attribute(lesson, "SOFT_CAP", 1e4)),
     "batch 16": ({"batch_size": 16}, contextlib.nullcontext),
-    "fp32": ({"precision": "fp32"}, contextlib.nullcontext),
 }
 
 
 def ablation(args):
-    """Each variant trained for the same wall time; its loss over the whole validation split against the shipped one's."""
+    """Each variant gets the time that the shipped model takes for --steps steps, and its loss over the whole validation
+    split is compared. A machine's speed drifts, so time is not taken from a clock in training: a variant's steps are first
+    timed in turns with the shipped one's, and it then takes as many steps as fit."""
     tokenizer, ids, val = load(args.text)
-    base = None
-    print(f"{args.seconds:.0f} s of training each, {args.seeds} seeds\n{'variant':24} steps   loss     std      against shipped")
+    shipped, base = lesson.GPTConfig(vocab_size=len(tokenizer.vocabulary), steps=6), None
+    print(f"the time of {args.steps} shipped steps, {args.seeds} seeds\n{'variant':24} steps   loss      std      against shipped")
     for name, (changes, patch) in VARIANTS.items():
+        config, ratios = dataclasses.replace(shipped, **changes), []
+        for _ in range(6):
+            with patch():
+                seconds = fit(config, ids, 0)[1]
+            ratios.append(seconds / fit(shipped, ids, 0)[1])
+        config.steps = round(args.steps / statistics.median(ratios)) if changes or patch is not contextlib.nullcontext else args.steps
         with patch():
-            config = lesson.GPTConfig(vocab_size=len(tokenizer.vocabulary), **changes)
-            _, seconds = fit(dataclasses.replace(config, steps=20), ids, 0)
-            _, seconds = fit(dataclasses.replace(config, steps=20), ids, 0)         # the first one warmed up
-            config.steps = int(args.seconds / seconds * 20)
             losses = [lesson.evaluate(fit(config, ids, seed)[0], val, config.context) for seed in range(args.seeds)]
         mean = statistics.mean(losses)
         base = base or mean
@@ -206,7 +209,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["shakespeare", "attention", "cache", "ablation"])
     parser.add_argument("--text")
     parser.add_argument("--nanogpt")
-    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
