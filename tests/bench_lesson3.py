@@ -53,11 +53,10 @@ class Library(CharLSTM):
 
     def __init__(self, config, V):
         super().__init__(config, V)
-        del self.cells
         self.lstm = nn.LSTM(config.embed, config.hidden, config.layers)
 
     def forward(self, idx, state=None):
-        y, (h, c) = self.lstm(self.embed(idx).transpose(0, 1), (state[:, 0].contiguous(), state[:, 1].contiguous()))
+        y, (h, c) = self.lstm(self.embed(idx.T), (state[:, 0].contiguous(), state[:, 1].contiguous()))
         return self.head(y.transpose(0, 1)), torch.stack([h, c], 1)
 
 
