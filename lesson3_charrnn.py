@@ -1,6 +1,6 @@
 """Lesson 3: an LSTM, written by hand, that learns to spell Shakespeare one character at a time.
 
-    python lesson3_charrnn.py                          the whole story, about six minutes on two CPU cores
+    python lesson3_charrnn.py                          the whole story, about five minutes on two CPU cores
     python lesson3_charrnn.py train --text my.txt      your own text; every size and rate is a flag (train --help)
     python lesson3_charrnn.py train --resume           go on after Ctrl-C, kill or power cut: bit for bit the same run
     python lesson3_charrnn.py sample --prompt "The King" --temperature 0.8 --top-p 0.95
@@ -149,9 +149,8 @@ def split_text(text, T):
 # ---- model: the cell, its way through time, the stack ---------------------------------------------
 
 class LSTMCell(nn.Module):
-    """One step of an LSTM: x (B, D), state (h, c), each (B, H) -> the next h and c.
-
-    Gate order in the weights: output, input, forget, candidate, so that one sigmoid serves three neighbours."""
+    """One step of an LSTM: x (B, D), state (h, c), each (B, H) -> the next h and c. Gate order in the weights: output,
+    input, forget, candidate, so that one sigmoid serves three neighbours."""
     blocks, parts = 4, 2                                    # blocks of H columns in the weights, tensors in the state
 
     def __init__(self, D, H):
@@ -359,9 +358,8 @@ class StopRequest:
 # ---- training -------------------------------------------------------------------------------------
 
 def train(text, out, device="cpu", resume=False, **flags):
-    """Train on `text`; leaves last.ckpt, best.ckpt, loss.csv and loss.png in the folder `out`.
-
-    `flags` are fields of RNNConfig. With resume, out/last.ckpt goes on as if nothing had happened. Raises BadInput."""
+    """Train on `text`; leaves last.ckpt, best.ckpt, loss.csv and loss.png in the folder `out`. `flags` are fields of
+    RNNConfig. With resume, out/last.ckpt goes on as if nothing had happened. Raises BadInput."""
     saved, path = load_checkpoint(out / "last.ckpt") if resume else {"config": {}}, out / "last.ckpt"
     config = RNNConfig(**{**saved["config"], **flags})
     tokenizer, T, B = CharTokenizer.train(text), config.context, config.batch
@@ -409,9 +407,7 @@ def train(text, out, device="cpu", resume=False, **flags):
             loss.backward()
             norm = clip_(list(model.parameters()), config.clip)
             fall = (config.steps + 1 - step) / max(1, config.steps - config.warmup)
-            rate = config.lr * min(step / config.warmup, fall)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            optimizer.param_groups[0]["lr"] = rate = config.lr * min(step / config.warmup, fall)
             optimizer.step()
             row = dict(step=step, loss=loss.item(), val=None, norm=norm, clipped=min(norm, config.clip), lr=rate)
             if not math.isfinite(row["loss"]):
@@ -458,7 +454,6 @@ def load_model(path, device="cpu"):
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One token id per row of logits (B, V) -> (B,). temperature 0 takes the best; top_k 0 keeps all.
-
     top_p keeps the smallest set of tokens whose probabilities reach p (Holtzman et al. 2020). Drawn on the CPU in
     float32: multinomial on mps has returned ids of probability 0 (pytorch #92752)."""
     logits = logits.float().cpu()
@@ -529,9 +524,8 @@ def show_embedding(model, tokenizer, text, out):
          [(repr(c), *(" ".join(repr(common[j])[1:-1] for j in n[common.index(c)]) for n in near)) for c in "aeotTA.,"],
          "nobody named vowels, capitals or marks. A letter is read as its capital is;\n"
          "written alike are characters that may stand in each other's place.")
-    pairs = [(i, j) for i in range(len(common)) for j in range(len(common)) if i != j]
-    chance, alike = (sum(kind(common[i]) == kind(common[j]) for i, j in some) / len(some)
-                     for some in (pairs, [(i, n[0]) for i, n in enumerate(near[1])]))
+    alike = sum(kind(c) == kind(common[n[0]]) for c, n in zip(common, near[1])) / len(common)
+    chance = sum(kind(c) == kind(d) for c in common for d in common if c != d) / len(common) / (len(common) - 1)
     return ("embedding", alike > 2 * chance, f"{alike:.0%} of {len(common)} characters, as written, are nearest to one "
             f"of their kind (vowel, consonant, capital, mark); by chance {chance:.0%}")
 
