@@ -24,7 +24,7 @@ import sys                              # this Python, for that pip
 import tempfile                         # pip's requirements file and target folder
 
 import torch                            # tensors and autograd
-from torch import nn                    # Parameter, Embedding, Linear; nn.LSTM stays in the tests
+from torch import nn                    # Parameter, Embedding, Linear; nn.LSTM is for the tests
 from torch.nn import functional as F    # cross entropy, dropout
 
 from lesson1_linreg import BadInput, Parser, cli, flag, given, new_figure, replacing, report, save_csv, save_figure
@@ -558,13 +558,14 @@ class RNNCell(LSTMCell):
 
 
 class GRUCell(LSTMCell):
-    """Cho et al. 2014: one state; gate u keeps the old or takes the new, gate r hides the old from the candidate."""
+    """Cho et al. 2014: one state; gate u keeps the old or takes the new, gate r hides the old from the candidate.
+    Order: candidate, r, u, so that u, like a forget gate, starts with bias 1."""
     blocks, parts = 3, 1
 
     def forward(self, x, state):
         zx, zh, H = x @ self.w_x + self.bias, state[0] @ self.w_h, self.H       # (B, 3H) both
-        r, u = (zx + zh)[:, :2 * H].sigmoid().chunk(2, 1)                       # (B, 2H) -> 2 x (B, H)
-        return u * state[0] + (1 - u) * (zx[:, 2 * H:] + r * zh[:, 2 * H:]).tanh(),
+        r, u = (zx + zh)[:, H:].sigmoid().chunk(2, 1)                           # (B, 2H) -> 2 x (B, H)
+        return u * state[0] + (1 - u) * (zx[:, :H] + r * zh[:, :H]).tanh(),
 
 
 def unroll(cell, x):

@@ -213,11 +213,12 @@ def test_forget_gates_start_open_and_a_gate_order_is_kept():
 
 def test_rnn_and_gru_cells_equal_torchs():
     torch.manual_seed(0)
-    x, h = torch.randn(4, 5), torch.randn(4, 6)
-    for ours, theirs, order in ((lesson.RNNCell(5, 6), nn.RNNCell(5, 6), [0]), (lesson.GRUCell(5, 6), nn.GRUCell(5, 6), [0, 1, 2])):
+    x, h, gru = torch.randn(4, 5), torch.randn(4, 6), [*range(6, 18), *range(6)]    # torch's order is r, u, candidate
+    for ours, theirs, order in ((lesson.RNNCell(5, 6), nn.RNNCell(5, 6), list(range(6))),
+                                (lesson.GRUCell(5, 6), nn.GRUCell(5, 6), gru)):
         with torch.no_grad():
-            theirs.weight_ih.copy_(ours.w_x.T), theirs.weight_hh.copy_(ours.w_h.T), theirs.bias_hh.zero_()
-            theirs.bias_ih.copy_(ours.bias)
+            theirs.weight_ih.copy_(ours.w_x[:, order].T), theirs.weight_hh.copy_(ours.w_h[:, order].T)
+            theirs.bias_ih.copy_(ours.bias[order]), theirs.bias_hh.zero_()
         torch.testing.assert_close(ours(x, (h,))[0], theirs(x, h))
 
 
