@@ -49,7 +49,7 @@ class RNNConfig:
     warmup: int = flag(100, "steps up to the peak; then a straight line down to 0", 1)
     clip: float = flag(0.25, "largest norm of all gradients together", 1e-9)
     reset: float = flag(0.02, "share of carried states zeroed at each step, so that cold starts are learned too", 0, 1)
-    seed: int = flag(0, "of weights, dropout and data order", 0)
+    seed: int = flag(0, "of weights, dropout and data order", 0, 2 ** 63 - 1)
     every: int = flag(400, "steps between validations and checkpoints", 1)
 
 
@@ -61,7 +61,7 @@ class SampleConfig:
     temperature: float = flag(0.8, "below 1 bolder in its favourites, 0 always the best", 0, 100)
     top_k: int = flag(0, "keep the k best characters, 0 all", 0)
     top_p: float = flag(1.0, "keep the best characters whose probabilities reach p", 1e-9, 1)
-    seed: int = flag(0, "of the draws", 0)
+    seed: int = flag(0, "of the draws", 0, 2 ** 63 - 1)
     stop: str = flag("", "end before this text")
 
 
