@@ -247,11 +247,11 @@ def test_carried_evaluation_equals_one_long_forward_pass(length):
     assert evaluate(model, ids, 51) == pytest.approx(evaluate(model, ids, 50), rel=1e-12)
 
 
-def test_evaluation_in_chunks_carries_the_state(monkeypatch):
-    model = random_model().double()
-    ids = torch.randint(11, (2 ** 17 + 500,), generator=torch.Generator().manual_seed(0))      # longer than one chunk
-    logits, _ = model(ids[None, :-1])
-    assert evaluate(model, ids, len(ids)) == pytest.approx(F.cross_entropy(logits[0], ids[1:]).item(), rel=1e-10)
+def test_evaluation_in_chunks_carries_the_state():
+    model, B, T = random_model().double(), 64, 2100             # longer than the 2 ** 17 / 64 + 1 steps of one chunk
+    ids = torch.randint(11, (B * T + 1,), generator=torch.Generator().manual_seed(0))
+    logits, _ = model(ids[:-1].view(B, T))
+    assert evaluate(model, ids, T) == pytest.approx(F.cross_entropy(logits.flatten(0, 1), ids[1:]).item(), rel=1e-10)
 
 
 def test_evaluation_and_sampling_switch_dropout_off():
