@@ -430,8 +430,8 @@ def train(text, out, device="cpu", resume=False, **flags):
         ax.plot([r[before] for r in rows], color="0.7", label=before)
         ax.plot(*zip(*((r["step"], r[after]) for r in rows if r[after])), look, label=after)
         ax.legend()
-    axes[0].set(title=f"Validation loss (windows of {WINDOW}) falls to {best:.3f}, perplexity {math.exp(best):.2f}",
-                xlabel="step", ylabel="nats per character")
+    axes[0].set(title=f"Validation loss falls to {best:.3f}, perplexity {math.exp(best):.2f}",
+                xlabel="step", ylabel=f"nats per character (val: windows of {WINDOW})")
     cut = sum(r["norm"] > config.clip for r in rows) / len(rows)
     axes[1].set(title=f"Clipping at {config.clip:g} shortens {cut:.0%} of the gradients", xlabel="step",
                 ylabel="norm of all gradients")
