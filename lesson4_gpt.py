@@ -8,8 +8,8 @@
 
 What you will see: attention matrices, verse, PASS lines; mask.png, attention.png, loss.png and loss.csv in out/lesson4.
 Left out on purpose: fused attention (the slow readable path is the live one), biases, gradient clipping, sharding.
-Sources: Vaswani et al. 2017 (attention), Su et al. 2021 (rotary), Zhang & Sennrich 2019 (RMSNorm), So et al. 2021
-(ReLU squared), Peng et al. 2023 (token shift), Jordan 2024 (Muon), Sennrich et al. 2016 (BPE).
+Sources: Vaswani et al. 2017 (attention), Su et al. 2021 (rotary), Zhang & Sennrich 2019 (RMSNorm), Henry et al. 2020
+(QK-norm), So et al. 2021 (ReLU squared), Peng et al. 2023 (token shift), Jordan 2024 (Muon), Sennrich 2016 (BPE).
 
 Shapes: B sentences in a batch, T tokens in a sentence (Tq queries, Tk keys), C channels, H heads, D = C / H channels of
 a head (the paper's d_k), V tokens in the vocabulary.
@@ -62,6 +62,7 @@ class GPTConfig:
 
 
 GPU = dict(context=256, n_layer=6, n_head=6, n_embd=384, dropout=0.3, batch_size=64, steps=2500)    # a GPU's defaults
+SOFT_CAP = 15.0                         # logits stay within -15 and 15
 
 # ---- tokens: byte-pair encoding, trained by hand --------------------------------------------------
 
@@ -181,7 +182,7 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, mask, rotation=None, cache=None):
         def heads(y):
             return y.unflatten(-1, (self.n_head, -1)).transpose(1, 2)   # (B,T,C) -> (B,T,H,D) -> (B,H,T,D)
-        q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        q, k, v = norm(heads(self.query(x))), norm(heads(self.key(x))), heads(self.value(x))
         if rotation:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:           # keys and values of earlier tokens never change: compute the new ones only
@@ -247,6 +248,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, mask, rotation, cache)
         logits = self.head(norm(x)).float()                                                     # (B,T,C) -> (B,T,V)
+        logits = SOFT_CAP * torch.tanh(logits / SOFT_CAP)       # no token is ever ruled out for good (Gemma 2, 2024)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)    # (B*T,V), (B*T,)

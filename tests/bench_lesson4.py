@@ -166,27 +166,19 @@ def adamw_only(model, config):
     return optimizers
 
 
-def qk_norm(self, q, k, mask, honest=lesson.ScaledDotProductAttention.scores):
-    return honest(self, lesson.norm(q), lesson.norm(k), mask)      # rotation keeps the norm: before or after it is the same
-
-
-def soft_cap(self, idx, targets=None, honest=lesson.GPT.forward):
-    logits = 15 * torch.tanh(honest(self, idx)[0] / 15)
-    return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
+HONEST_NORM = lesson.norm
 VARIANTS = {                                    # name: (what changes in the config, a context that patches the lesson)
     "as shipped": ({}, contextlib.nullcontext),
     "AdamW instead of Muon": ({}, lambda: attribute(lesson, "make_optimizers", adamw_only)),
     "learned positions": ({"position": "learned"}, contextlib.nullcontext),
     "sinusoidal positions": ({"position": "sinusoidal"}, contextlib.nullcontext),
     "no token shift": ({}, lambda: after_init(lambda model: model.shift.requires_grad_(False))),
-    "with QK-norm": ({}, lambda: attribute(lesson.ScaledDotProductAttention, "scores", qk_norm)),
+    "no QK-norm": ({}, lambda: attribute(lesson, "norm", lambda x: x if x.dim() == 4 else HONEST_NORM(x))),
     "LayerNorm": ({}, lambda: attribute(lesson, "norm", lambda x: F.layer_norm(x, x.shape[-1:]))),
     "GELU": ({}, lambda: attribute(lesson.Block, "forward", gelu_forward)),
     "random projections": ({}, lambda: after_init(random_projections)),
     "head tied to embedding": ({}, lambda: after_init(tie)),
-    "with soft-capped logits": ({}, lambda: attribute(lesson.GPT, "forward", soft_cap)),
+    "no soft cap": ({}, lambda: attribute(lesson, "SOFT_CAP", 1e4)),
     "batch 16": ({"batch_size": 16}, contextlib.nullcontext),
 }
 
