@@ -312,15 +312,16 @@ def load_checkpoint(path):
     """The newest whole checkpoint at `path`; a damaged one is named on stderr and the one before is taken.
 
     weights_only=True: a checkpoint is data, and must not be able to run code. Raises BadInput if none is usable."""
-    path = pathlib.Path(path)
-    candidates = [p for p in (path, path.with_suffix(".prev")) if p.is_file()]
-    for p in candidates:
-        raw = p.read_bytes()
-        if hashlib.sha256(raw[32:]).digest() == raw[:32]:
+    path, damaged = pathlib.Path(path), False
+    for p in (path, path.with_suffix(".prev")):
+        raw = p.read_bytes() if p.is_file() else b""
+        if raw and hashlib.sha256(raw[32:]).digest() == raw[:32]:
+            if damaged:
+                print(f"{path} is damaged (checksum differs): the one before it is taken", file=sys.stderr)
             return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
-        print(f"{p} is damaged (checksum differs)", file=sys.stderr)
-    raise BadInput(f"{path} is damaged, and so is the one before it" if candidates else
-                   f"no checkpoint at {path}; run `train` first")
+        damaged = damaged or p.is_file()
+    raise BadInput(f"{path} is damaged (checksum differs) and there is no whole one before it; train again" if damaged
+                   else f"no checkpoint at {path}; run `train` first")
 
 
 def _random():
