@@ -30,11 +30,13 @@ import queue                            # from a thread to whoever reads
 import re                               # sentences, words
 import secrets                          # names of uploads that are not complete yet
 import shutil                           # copying files to ingest
+import socket                           # bound before the models are loaded: a taken port is found at once
 import sqlite3                          # the truth: documents, chunks, vectors
 import subprocess                       # the parser is a process that can be killed
 import sys                              # this Python, for that process
 import threading                        # the ingest worker; one generation at a time
 import time                             # stages of an answer in milliseconds
+import traceback                        # what went wrong, for the server's log
 import unicodedata                      # what a character is
 import urllib.parse                     # LLM_BASE_URL
 from concurrent.futures import ThreadPoolExecutor       # blocking work away from the event loop
@@ -45,6 +47,9 @@ import torch                            # the encoder
 import uvicorn                          # HTTP
 from safetensors.torch import load_file # its weights
 from starlette.applications import Starlette            # routes
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 from torch.nn import functional as F    # linear, layer norm, GELU
@@ -893,7 +898,7 @@ def make_llm(config):
 
 # ---- answer: the whole way of a question ----------------------------------------------------------
 
-def answer(snapshot, embedder, llm, config, question, top_k=None, stop=lambda: False):
+def answer(snapshot, embedder, llm, config, question, top_k=None, debug=False, stop=lambda: False):
     """Yields (event, data): sources, token ..., done. Raises LLMError."""
     began = time.perf_counter()
     found = retrieve(snapshot, embedder, question, top_k or config.top_k)
@@ -931,13 +936,87 @@ def answer(snapshot, embedder, llm, config, question, top_k=None, stop=lambda: F
 
 # ---- HTTP -----------------------------------------------------------------------------------------
 
-def failure(status, reason, **headers):
-    return JSONResponse({"error": reason}, status, headers=headers)
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+BODY_SECONDS = 60                       # time for a request to arrive; a slow one would hold a connection for ever
 
 
 def sse(event, data):
     """A server-sent event. The data is JSON, on one line whatever it contains."""
     return f"event: {event}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+class Guard:
+    """Who may come in. A page that a user visits can make the browser send requests to this machine: its own name for
+    us in Host (DNS rebinding) or its own address in Origin give it away. With a key, the key is asked for as well."""
+
+    def __init__(self, app, key, names):
+        self.app, self.key, self.names = app, key.encode(), names
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http" and (refused := self.refusal(scope)):
+            return await JSONResponse({"error": refused[1]}, refused[0], {"Connection": "close"})(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def refusal(self, scope):
+        headers = dict(scope["headers"])
+        host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin", b"").decode("latin-1")
+        if self.names and re.sub(r":\d+$", "", host).strip("[]").lower() not in self.names:
+            return 400, f"this server is not called {host[:100]!r}"
+        if origin and origin.partition("://")[2] != host:
+            return 403, "requests from pages of other sites are refused"
+        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+        if self.key and scope["path"] != "/healthz" and not hmac.compare_digest(given, self.key):
+            return 401, "this server asks for Authorization: Bearer and its RAG_API_KEY"
+
+
+async def read_body(request, most, write):
+    """Pass the body to write(block), at most `most` bytes of it. What announces itself as longer is not read at all."""
+    size, too_long = 0, HTTPException(413, f"the body is longer than {most} bytes", {"Connection": "close"})
+    if int(request.headers.get("content-length", 0)) > most:
+        raise too_long
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for block in request.stream():
+                size += len(block)
+                if size > most:
+                    raise too_long
+                write(block)
+    except TimeoutError:
+        raise HTTPException(408, f"the body took more than {BODY_SECONDS} s", {"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the body broke off") from None
+
+
+async def read_question(request, store):
+    """(question, top_k, stream, debug, snapshot) of a request to /ask. Raises HTTPException."""
+    body = bytearray()
+    await read_body(request, 1 << 16, body.extend)
+    try:
+        asked = json.loads(body)
+        if not isinstance(asked, dict):
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise HTTPException(400, 'the body must be JSON like {"question": "..."}') from None
+    question, top_k = asked.get("question"), asked.get("top_k", store.config.top_k)
+    stream, debug, documents = asked.get("stream", True), asked.get("debug", False), asked.get("documents")
+    if not isinstance(question, str) or not clean(question) or len(question) > 2000:
+        raise HTTPException(422, "question must be a text of 1 to 2,000 characters")
+    if type(top_k) is not int or not 1 <= top_k <= 20:
+        raise HTTPException(422, "top_k must be a number from 1 to 20")
+    if not isinstance(stream, bool) or not isinstance(debug, bool):
+        raise HTTPException(422, "stream and debug must be true or false")
+    snapshot = store.snapshot
+    if documents is not None:
+        if not isinstance(documents, list) or not all(isinstance(d, str) for d in documents):
+            raise HTTPException(422, "documents must be a list of ids")
+        for doc in documents:
+            rows = store.documents(doc)
+            if not rows:
+                raise HTTPException(404, f"no document {doc[:64]}")
+            if rows[0]["status"] != "ready":
+                raise HTTPException(409, f"document {doc} is {rows[0]['status']}: {rows[0]['reason'] or 'ask later'}")
+        snapshot = snapshot.only(documents)
+    return clean(question), top_k, stream, debug, snapshot
 
 
 async def from_thread(pool, generate):
@@ -946,12 +1025,14 @@ async def from_thread(pool, generate):
     loop, items, gone = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
 
     def run():
+        last = None
         try:
             for item in generate(gone.is_set):
                 loop.call_soon_threadsafe(items.put_nowait, item)
-            loop.call_soon_threadsafe(items.put_nowait, None)
         except Exception as e:
-            loop.call_soon_threadsafe(items.put_nowait, e)
+            last = e
+        with contextlib.suppress(RuntimeError):             # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(items.put_nowait, last)
     pool.submit(run)
     try:
         while (item := await items.get()) is not None:
@@ -963,61 +1044,143 @@ async def from_thread(pool, generate):
 
 
 def create_app(store, llm, config, key=""):
-    """The ASGI application. With a key, requests need `Authorization: Bearer key`."""
-    pool = ThreadPoolExecutor(4)
+    """The ASGI application; at its end it closes the store. With a key, requests need `Authorization: Bearer key`."""
+    pool, asking = ThreadPoolExecutor(8, "ask"), set()
 
     def shown(row):
         return {k: row[k] for k in ("id", "name", "bytes", "status", "reason", "pages", "chunks")}
 
     async def upload(request):
-        digest, size, path = hashlib.sha256(), 0, store.upload_path()
-        name = request.query_params.get("filename", "document.pdf")
+        name = request.path_params.get("name") or request.query_params.get("filename", "")
+        name = clean(name.replace("\\", "/").rpartition("/")[2])[:200] or "document.pdf"     # shown, never a path
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            raise HTTPException(415, "send the PDF itself as the body: curl --data-binary @f.pdf", {"Connection": "close"})
+        digest, path = hashlib.sha256(), store.upload_path()
         try:
             with open(path, "wb") as f:
-                async for block in request.stream():
-                    size += len(block)
-                    digest.update(block)
-                    f.write(block)
-            row = await asyncio.get_running_loop().run_in_executor(pool, store.add, path, digest.hexdigest(), name)
-            return JSONResponse(shown(row), 202)
+                await read_body(request, config.max_mb << 20, lambda block: (digest.update(block), f.write(block)))
+            with open(path, "rb") as f:
+                if b"%PDF-" not in f.read(1024):
+                    raise HTTPException(415, "this is no PDF: %PDF- is not among its first 1,024 bytes")
+            run = asyncio.get_running_loop().run_in_executor
+            row = await run(None, store.add, path, digest.hexdigest(), name)
+            return JSONResponse(shown(row), 200 if row["status"] == "ready" else 202)
+        except Full as e:
+            raise HTTPException(429, str(e), {"Retry-After": "10"}) from None
+        except (OSError, sqlite3.Error) as e:
+            raise HTTPException(507, f"cannot store it: {getattr(e, 'strerror', None) or e}") from None
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
     async def documents(request):
         return JSONResponse({"documents": [shown(row) for row in store.documents()]})
 
     async def document(request):
-        rows = store.documents(request.path_params["id"])
-        return JSONResponse(shown(rows[0])) if rows else failure(404, "no such document")
-
-    async def delete(request):
-        return JSONResponse({"deleted": True}) if store.delete(request.path_params["id"]) else failure(404, "no such document")
+        rows = store.documents(request.path_params["name"])
+        if not rows:
+            raise HTTPException(404, "no such document")
+        if request.method == "DELETE":
+            await asyncio.get_running_loop().run_in_executor(None, store.delete, rows[0]["id"])
+        return JSONResponse(shown(rows[0]) | ({"status": "deleted"} if request.method == "DELETE" else {}))
 
     async def ask(request):
-        body = json.loads(await request.body())
-        events = from_thread(pool, lambda stop: answer(store.snapshot, store.embedder, llm, config, body["question"],
-                                                      body.get("top_k"), stop))
-        if not body.get("stream", True):
-            async for event, data in events:
-                pass
-            return JSONResponse(data)
+        question, top_k, stream, debug, snapshot = await read_question(request, store)
+        if len(asking) >= config.queue:
+            raise HTTPException(429, f"{config.queue} questions are being answered; try again", {"Retry-After": "5"})
 
-        async def stream():
-            async for event, data in events:
-                yield sse(event, data)
-        return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store",
-                                                                                    "X-Accel-Buffering": "no"})
+        async def events():
+            asking.add(ticket := object())
+            try:
+                async for item in from_thread(pool, lambda stop: answer(
+                        snapshot, store.embedder, llm, config, question, top_k, debug, stop)):
+                    yield item
+            finally:
+                asking.discard(ticket)
+
+        async def streamed():
+            try:
+                async for event, data in events():
+                    yield sse(event, data)
+            except (LLMError, BadInput) as e:
+                yield sse("error", {"error": str(e)})
+            except Exception:           # the status is 200 already: an event is the only way to say it
+                traceback.print_exc()
+                yield sse("error", {"error": "internal error, see the server's log"})
+
+        if stream:
+            return StreamingResponse(streamed(), media_type="text/event-stream",
+                                     headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        try:
+            said = {event: data async for event, data in events()}
+        except LLMError as e:
+            raise HTTPException(503, str(e)) from None
+        except BadInput as e:
+            raise HTTPException(422, str(e)) from None
+        return JSONResponse(said["done"] | said["sources"])
 
     async def healthz(request):
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok", "chunks": len(store.snapshot.chunks)})
 
-    return Starlette(routes=[
-        Route("/documents", upload, methods=["POST", "PUT"]), Route("/documents", documents),
-        Route("/documents/{id}", document), Route("/documents/{id}", delete, methods=["DELETE"]),
-        Route("/ask", ask, methods=["POST"]), Route("/healthz", healthz)])
+    async def failure(request, e):
+        return JSONResponse({"error": getattr(e, "detail", "internal error, see the server's log")},
+                            getattr(e, "status_code", 500), getattr(e, "headers", None))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        yield
+        pool.shutdown(wait=False, cancel_futures=True)
+        store.close()
+
+    return Starlette(
+        routes=[Route("/documents", upload, methods=["POST", "PUT"]), Route("/documents", documents),
+                Route("/documents/{name}", upload, methods=["PUT"]),            # curl -T f.pdf localhost:8000/documents/
+                Route("/documents/{name}", document, methods=["GET", "DELETE"]),
+                Route("/ask", ask, methods=["POST"]), Route("/healthz", healthz)],
+        middleware=[Middleware(Guard, key=key, names=LOOPBACK if config.host in LOOPBACK else set())],
+        exception_handlers={HTTPException: failure, Exception: failure}, lifespan=lifespan)
+
+
+def serve(config):
+    """Until Ctrl-C or SIGTERM. Raises BadInput."""
+    key = os.environ.get("RAG_API_KEY", "")
+    if config.host not in LOOPBACK and not key:
+        raise BadInput(f"--host {config.host} can be reached from other machines: set RAG_API_KEY to a secret first")
+    try:
+        listening = socket.create_server((config.host, config.port), backlog=2048, family=socket.AF_INET6
+                                         if ":" in config.host else socket.AF_INET)
+    except OSError as e:
+        raise BadInput(f"cannot listen on {config.host}:{config.port}: {e.strerror}; choose another --port") from None
+    app = create_app(open_store(config), make_llm(config), config, key)
+    print(f"listening on http://{config.host}:{listening.getsockname()[1]}", flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run([listening])
 
 
 # ---- main -----------------------------------------------------------------------------------------
+
+def open_store(config):
+    return Store(config.data or OUT / "lesson6", Embedder(config.embedder), config)
+
+
+def ingest(store, files):
+    """Index PDFs of this machine and print what became of each; the exit status is 1 if one failed. Raises BadInput."""
+    ids = []
+    for path in files:
+        upload = store.upload_path()
+        try:
+            shutil.copyfile(path, upload)
+            with open(upload, "rb") as f:
+                ids.append(store.add(upload, hashlib.file_digest(f, "sha256").hexdigest(), path.name)["id"])
+        except (OSError, sqlite3.Error, Full) as e:
+            raise BadInput(f"cannot take {path} in: {getattr(e, 'strerror', None) or e}") from None
+        finally:
+            upload.unlink(missing_ok=True)
+    store.wait()
+    rows = [store.documents(i)[0] for i in ids]
+    for row in rows:
+        print(f"{row['status']:7} {row['name']}: {row['pages']} pages, {row['chunks']} chunks  {row['reason']}")
+    return int(any(row["status"] == "failed" for row in rows))
+
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1028,24 +1191,16 @@ def main(argv=None):
     commands.choices["ask"].add_argument("question")
     args = parser.parse_args(argv)
     config = Config(**given(args, Config))
-    store = Store(config.data or OUT / "lesson6", Embedder(config.embedder), config)
-    if args.command == "ingest":
-        for path in args.files:
-            upload = store.upload_path()
-            shutil.copyfile(path, upload)
-            store.add(upload, hashlib.sha256(upload.read_bytes()).hexdigest(), path.name)
-        store.wait()
-        for row in store.documents():
-            print(f"{row['status']:10} {row['name']}  {row['pages']} pages, {row['chunks']} chunks  {row['reason']}")
-    elif args.command == "ask":
+    if args.command == "serve":
+        return serve(config)
+    with contextlib.closing(open_store(config)) as store:
+        if args.command == "ingest":
+            return ingest(store, args.files)
         for event, data in answer(store.snapshot, store.embedder, make_llm(config), config, args.question):
             if event == "token":
                 print(data["text"], end="", flush=True)
             else:
                 print("\n" + json.dumps(data, ensure_ascii=False, indent=1))
-    elif args.command == "serve":
-        uvicorn.run(create_app(store, make_llm(config), config), host=config.host, port=config.port, log_level="warning")
-    store.close()
     return 0
 
 
