@@ -185,44 +185,57 @@ def product(a, b):
     return (rounded(a) @ rounded(b)).to(a.dtype)
 
 
+def add_product_(z, a, b):
+    """z += a @ b in place, b a `rounded` matrix."""
+    return z.addmm_(a, b) if b.dtype == z.dtype else z.add_(a.to(b.dtype) @ b)
+
+
 class ThroughTime(torch.autograd.Function):
-    """LSTMCell over T steps, forward and backward by hand. What waits for no other step is done for all steps at once:
-    the products with x and all gradients of weights. Only h @ w_h, and its way back, must go step by step."""
+    """LSTMCell over T steps, forward and backward by hand. A step does only what waits for its neighbour, in place and in
+    few calls; the products with x, the slopes of the gates and the gradients of weights are made for all T at once."""
 
     @staticmethod
     def forward(ctx, x, h, c, w_x, w_h, bias):
         """x (T, B, D), h and c (B, H), weights of a cell -> h of all steps (T, B, H), the last h, the last c."""
-        (T, B, _), H = x.shape, len(w_h)
-        z = product(x.flatten(0, 1), w_x).add_(bias).unflatten(0, (T, B))       # (TB, D) @ (D, 4H) -> (T, B, 4H)
+        (T, B, _), H, minus = x.shape, len(w_h), x.new_tensor(-1)
+        twice = torch.ones_like(bias)                       # tanh x = 2 sigmoid(2x) - 1, and torch's sigmoid is six times
+        twice[3 * H:] = 2                                   # as fast as its tanh: one serves all four
+        z = product(x.flatten(0, 1), w_x * twice).add_(bias * twice)            # (TB, D) @ (D, 4H) -> (TB, 4H)
+        z, w = z.unflatten(0, (T, B)), rounded(w_h * twice)
         hs, cs, shown = z.new_empty(T + 1, B, H), z.new_empty(T + 1, B, H), z.new_empty(T, B, H)
-        hs[0], cs[0], w = h, c, rounded(w_h)
+        hs[0], cs[0] = h, c
         steps = zip(*(part.unbind() for part in (z, *z.chunk(4, 2), hs, hs[1:], cs, cs[1:], shown)))
         for z_t, o, i, f, g, h, h_next, c, c_next, tanh_c in steps:
-            z_t += product(h, w)                            # (B, H) @ (H, 4H) -> (B, 4H)
-            z_t[:, :3 * H].sigmoid_(), g.tanh_()            # o, i, f, g are views into z_t
+            add_product_(z_t, h, w).sigmoid_()              # (B, H) @ (H, 4H) -> (B, 4H); o, i, f, g are views into it
+            torch.add(minus, g, alpha=2, out=g)
             torch.mul(f, c, out=c_next).addcmul_(i, g)
-            torch.mul(o, torch.tanh(c_next, out=tanh_c), out=h_next)
+            torch.add(minus, torch.add(c_next, c_next, out=tanh_c).sigmoid_(), alpha=2, out=tanh_c)
+            torch.mul(o, tanh_c, out=h_next)
         ctx.save_for_backward(x, w_x, w_h, z, hs, cs, shown)
         return hs[1:], hs[T].clone(), cs[T].clone()
 
     @staticmethod
     def backward(ctx, dhs, dh, dc):
         x, w_x, w_h, z, hs, cs, shown = ctx.saved_tensors
-        dz, H, back = torch.empty_like(z), len(w_h), rounded(w_h.T.contiguous())
-        steps = zip(*(part.unbind() for part in (dhs, z, *z.chunk(4, 2), cs[:-1], shown, dz, *dz.chunk(4, 2))))
-        for above, z_t, o, i, f, g, c, tanh_c, dz_t, d_o, d_i, d_f, d_g in reversed(list(steps)):
-            dh = dh + above                                 # from step t + 1, and from the layer above
-            through = dh * o
-            dc = (dc + through).addcmul_(through * tanh_c, tanh_c, value=-1)    # tanh' = 1 - tanh²
-            torch.mul(dh, tanh_c, out=d_o), torch.mul(dc, g, out=d_i), torch.mul(dc, c, out=d_f)
-            gates = z_t[:, :3 * H]
-            dz_t[:, :3 * H] *= torch.addcmul(gates, gates, gates, value=-1)     # sigmoid' = sigmoid - sigmoid²
-            through = dc * i
-            torch.addcmul(through, through * g, g, value=-1, out=d_g)
-            dh, dc = product(dz_t, back), dc * f            # back through h: a matrix; back through c: only a gate
+        (o, i, f, g), w = z.chunk(4, 2), rounded(w_h.T.contiguous())
+        dz = torch.addcmul(z, z, z, value=-1)               # sigmoid' = s - s²; tanh' = 1 - tanh²
+        d_o, d_i, d_f, d_g = dz.chunk(4, 2)                 # to become gradients, when multiplied by dh or dc
+        d_o *= shown
+        d_i *= g
+        d_f *= cs[:-1]
+        torch.addcmul(i, i * g, g, value=-1, out=d_g)
+        to_c = torch.addcmul(o, o * shown, shown, value=-1)
+        dhs, dc = torch.cat((torch.zeros_like(dh)[None], dhs)), dc.clone()      # (T + 1, B, H), from the layer above
+        dhs[-1] += dh
+        steps = zip(*(part.unbind() for part in (dhs, dhs[1:], to_c, f, dz, d_o, d_i, d_f, d_g)))
+        for dh_before, dh, to_c, f, dz_t, d_o, d_i, d_f, d_g in reversed(list(steps)):
+            dc.addcmul_(dh, to_c)
+            d_o.mul_(dh), d_i.mul_(dc), d_f.mul_(dc), d_g.mul_(dc)
+            dc.mul_(f)                                      # back through c: only a gate
+            add_product_(dh_before, dz_t, w)                # back through h: a matrix, (B, 4H) @ (4H, H) -> (B, H)
         x, h, dz = x.flatten(0, 1), hs[:-1].flatten(0, 1), dz.flatten(0, 1)     # (T, B, ..) -> (TB, ..)
-        dx = product(dz, w_x.T).unflatten(0, (-1, len(dh)))                     # (TB, 4H) @ (4H, D) -> (T, B, D)
-        return dx, dh, dc, product(x.T, dz), product(h.T, dz), dz.sum(0)        # as the inputs of forward
+        dx = product(dz, w_x.T).unflatten(0, (-1, len(dc)))                     # (TB, 4H) @ (4H, D) -> (T, B, D)
+        return dx, dhs[0], dc, product(x.T, dz), product(h.T, dz), dz.new_ones(len(dz)) @ dz    # as forward's inputs
 
 
 class LSTM(nn.Module):
