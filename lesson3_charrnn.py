@@ -169,23 +169,6 @@ class LSTMCell(nn.Module):
         return o * c.tanh(), c                              # show some of it
 
 
-BF16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-
-
-def rounded(x):
-    """float32 as bfloat16, 8 bits of mantissa, for a CPU that multiplies it at twice the speed; all else stays as is."""
-    return x.bfloat16() if BF16 and x.dtype == torch.float32 and x.device.type == "cpu" else x
-
-
-def product(a, b):
-    return (rounded(a) @ rounded(b)).to(a.dtype)
-
-
-def add_product_(z, a, b):
-    """z += a @ b in place, b a `rounded` matrix."""
-    return z.addmm_(a, b) if b.dtype == z.dtype else z.add_(a.to(b.dtype) @ b)
-
-
 class ThroughTime(torch.autograd.Function):
     """LSTMCell over T steps, forward and backward by hand. A step does only what waits for its neighbour, in place and in
     few calls; the products with x, the slopes of the gates and the gradients of weights are made for all T at once."""
@@ -196,13 +179,13 @@ class ThroughTime(torch.autograd.Function):
         (T, B, _), H, minus = x.shape, len(w_h), x.new_tensor(-1)
         twice = torch.ones_like(bias)                       # tanh x = 2 sigmoid(2x) - 1, and torch's sigmoid is six times
         twice[3 * H:] = 2                                   # as fast as its tanh: one serves all four
-        z = product(x.flatten(0, 1), w_x * twice).add_(bias * twice)            # (TB, D) @ (D, 4H) -> (TB, 4H)
-        z, w = z.unflatten(0, (T, B)), rounded(w_h * twice)
+        z = torch.addmm(bias * twice, x.flatten(0, 1), w_x * twice)             # (TB, D) @ (D, 4H) -> (TB, 4H)
+        z, w = z.unflatten(0, (T, B)), w_h * twice
         hs, cs, shown = z.new_empty(T + 1, B, H), z.new_empty(T + 1, B, H), z.new_empty(T, B, H)
         hs[0], cs[0] = h, c
         steps = zip(*(part.unbind() for part in (z, *z.chunk(4, 2), hs, hs[1:], cs, cs[1:], shown)))
         for z_t, o, i, f, g, h, h_next, c, c_next, tanh_c in steps:
-            add_product_(z_t, h, w).sigmoid_()              # (B, H) @ (H, 4H) -> (B, 4H); o, i, f, g are views into it
+            z_t.addmm_(h, w).sigmoid_()                     # (B, H) @ (H, 4H) -> (B, 4H); o, i, f, g are views into it
             torch.add(minus, g, alpha=2, out=g)
             torch.mul(f, c, out=c_next).addcmul_(i, g)
             torch.add(minus, torch.add(c_next, c_next, out=tanh_c).sigmoid_(), alpha=2, out=tanh_c)
@@ -213,7 +196,7 @@ class ThroughTime(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dhs, dh, dc):
         x, w_x, w_h, z, hs, cs, shown = ctx.saved_tensors
-        (o, i, f, g), w = z.chunk(4, 2), rounded(w_h.T.contiguous())
+        (o, i, f, g), w = z.chunk(4, 2), w_h.T.contiguous()
         dz = torch.addcmul(z, z, z, value=-1)               # sigmoid' = s - s²; tanh' = 1 - tanh²
         d_o, d_i, d_f, d_g = dz.chunk(4, 2)                 # to become gradients, when multiplied by dh or dc
         d_o *= shown
@@ -228,10 +211,10 @@ class ThroughTime(torch.autograd.Function):
             dc.addcmul_(dh, to_c)
             d_o.mul_(dh), d_i.mul_(dc), d_f.mul_(dc), d_g.mul_(dc)
             dc.mul_(f)                                      # back through c: only a gate
-            add_product_(dh_before, dz_t, w)                # back through h: a matrix, (B, 4H) @ (4H, H) -> (B, H)
+            dh_before.addmm_(dz_t, w)                       # back through h: a matrix, (B, 4H) @ (4H, H) -> (B, H)
         x, h, dz = x.flatten(0, 1), hs[:-1].flatten(0, 1), dz.flatten(0, 1)     # (T, B, ..) -> (TB, ..)
-        dx = product(dz, w_x.T).unflatten(0, (-1, len(dc)))                     # (TB, 4H) @ (4H, D) -> (T, B, D)
-        return dx, dhs[0], dc, product(x.T, dz), product(h.T, dz), dz.new_ones(len(dz)) @ dz    # as forward's inputs
+        dx = (dz @ w_x.T).unflatten(0, (-1, len(dc)))                           # (TB, 4H) @ (4H, D) -> (T, B, D)
+        return dx, dhs[0], dc, x.T @ dz, h.T @ dz, dz.sum(0)                    # in the order of forward's inputs
 
 
 class LSTM(nn.Module):

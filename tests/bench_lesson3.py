@@ -19,11 +19,8 @@ from torch import nn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import lesson3_charrnn as lesson        # noqa: E402
 from lesson3_charrnn import (CharLSTM, CharTokenizer, RNNConfig, clip_, evaluate, generate, load_checkpoint,   # noqa: E402
                              load_model, loss_of, read_text, split_text, train, words)
-
-HAS_BF16 = lesson.BF16
 
 
 def machine():
@@ -64,29 +61,30 @@ class Library(CharLSTM):
 
 
 def bench_speed(repeats):
-    """Forward, backward, clipping and AdamW of one step; in turns, so that a busy machine disturbs all alike."""
-    print(f"{'training step, median, ms':34}{'nn.LSTM':>9}{'ours, float32':>15}{'ours, bf16':>12}{'ratios':>10}")
-    default = RNNConfig()
-    for hidden, embed, batch in ((default.hidden, default.embed, default.batch), (256, 256, 64), (128, 64, 32), (512, 512, 32)):
+    """Forward, backward, clipping and AdamW of one step, both in float32; in turns, so that a busy machine disturbs
+    both alike."""
+    print(f"{'training step, median, ms':34}{'nn.LSTM':>9}{'by hand':>9}{'ratio':>7}")
+    default, threads = RNNConfig(), torch.get_num_threads()
+    for hidden, embed, batch, cores in (*((default.hidden, default.embed, default.batch, n) for n in sorted({1, threads})),
+                                        (256, 256, 64, threads), (512, 512, 32, threads), (128, 64, 32, threads)):
+        torch.set_num_threads(cores)
         config = RNNConfig(hidden=hidden, embed=embed, batch=batch, dropout=0.0)
-        models = [Library(config, 65), CharLSTM(config, 65), CharLSTM(config, 65)]
+        models = [Library(config, 65), CharLSTM(config, 65)]
         optimizers = [torch.optim.AdamW(m.parameters(), 1e-3, fused=True) for m in models]
         idx, state = torch.randint(65, (batch, config.context + 1)), torch.zeros(config.layers, 2, batch, hidden)
-        times = [[], [], []]
+        times = [[], []]
         for _ in range(repeats + 1):
-            for kind, (model, optimizer) in enumerate(zip(models, optimizers)):
-                lesson.BF16 = kind == 2 and HAS_BF16
+            for model, optimizer, taken in zip(models, optimizers, times):
                 began = time.perf_counter()
                 loss = loss_of(model(idx[:, :-1], state)[0], idx[:, 1:])
                 optimizer.zero_grad()
                 loss.backward()
                 clip_(list(model.parameters()), 1.0)
                 optimizer.step()
-                times[kind].append(time.perf_counter() - began)
-        theirs, full, half = (1e3 * statistics.median(t[1:]) for t in times)
-        print(f"2 x {hidden}, D {embed}, B {batch}, T {config.context}".ljust(34)
-              + f"{theirs:9.1f}{full:15.1f}{half:12.1f}{full / theirs:10.2f}{half / theirs:6.2f}", flush=True)
-    print("bf16 products: " + ("this CPU has them, so they are the default" if HAS_BF16 else "not on this CPU, both columns are float32"))
+                taken.append(time.perf_counter() - began)
+        theirs, ours = (1e3 * statistics.median(t[1:]) for t in times)
+        print(f"2 x {hidden}, D {embed}, B {batch}, T {config.context}, threads {cores}".ljust(34)
+              + f"{theirs:9.1f}{ours:9.1f}{ours / theirs:7.2f}", flush=True)
 
 
 def bench_kill(kills, seed):
