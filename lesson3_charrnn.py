@@ -267,14 +267,13 @@ def evaluate(model, ids, length):
     """Loss over all of ids (N,), read in pieces of `length` that each start from a zero state, the last one shorter.
     length = WINDOW measures what a GPT of that context is measured by; length = N carries one state all the way."""
     model.eval()
-    N, device, total = len(ids) - 1, model.head.weight.device, 0.0
-    for start, stop in ((0, N // length * length), (N // length * length, N)):
-        if start < stop:
-            x, y = (ids[start + k:stop + k].view(-1, min(length, stop - start)) for k in (0, 1))    # (pieces, length)
-            state, some = None, 2 ** 17 // len(x) + 1       # so many steps at once that any split fits in memory
-            for x, y in zip(x.split(some, 1), y.split(some, 1)):
-                logits, state = model(x.to(device), state)
-                total += loss_of(logits, y.to(device)).item() * y.numel()
+    N, device, total, state = len(ids) - 1, model.head.weight.device, 0.0, None
+    x = F.pad(ids[:-1], (0, -N % length)).view(-1, length)                      # (N,) -> (pieces, length)
+    y = F.pad(ids[1:], (0, -N % length), value=-100).view(-1, length)           # -100: no target, cross_entropy skips it
+    some = 2 ** 17 // len(x) + 1                            # so many steps at once that any split fits in memory
+    for x, y in zip(x.split(some, 1), y.split(some, 1)):
+        logits, state = model(x.to(device), state)
+        total += F.cross_entropy(logits.flatten(0, 1), y.flatten().to(device), reduction="sum").item()
     model.train()
     return total / N
 
@@ -667,31 +666,26 @@ def story(text, out, device):
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common = Parser(add_help=False)
+    common.add_argument("--out", type=pathlib.Path, default=argparse.SUPPRESS, help="folder (default: out/lesson3)")
+    common.add_argument("--device", default=argparse.SUPPRESS, help="cuda, mps or cpu (default: the best there is)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[common])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    trainer = commands.add_parser("train", help="train only; every size and rate is a flag")
-    trainer.add_config(RNNConfig)
-    trainer.add_argument("--text", metavar="FILE", help="UTF-8 text to learn (default: the 38 plays)")
-    trainer.add_argument("--resume", action="store_true", help="go on from last.ckpt")
-    sampler = commands.add_parser("sample", help="continue a prompt with the trained model")
-    sampler.add_config(SampleConfig)
-    experimenter = commands.add_parser("gradients", help="vanishing gradients, gates and clipping, in a minute")
-    parser.set_defaults(out=OUT / "lesson3", device="auto")
-    for p in (parser, trainer, sampler, experimenter):          # before the command or after it
-        p.add_argument("--out", type=pathlib.Path, default=argparse.SUPPRESS, help="folder (default: out/lesson3)")
-        p.add_argument("--device", default=argparse.SUPPRESS, help="cuda, mps or cpu (default: the best there is)")
+    for name, text in (("train", "train only; every size and rate is a flag"), ("sample", "continue a prompt"),
+                       ("gradients", "vanishing gradients, gates and clipping, in a minute")):
+        commands.add_parser(name, help=text, parents=[common])
+    commands.choices["sample"].add_config(SampleConfig)
+    commands.choices["train"].add_config(RNNConfig)
+    commands.choices["train"].add_argument("--text", metavar="FILE", help="UTF-8 text to learn (default: the 38 plays)")
+    commands.choices["train"].add_argument("--resume", action="store_true", help="go on from last.ckpt")
     args = parser.parse_args()
-    device = pick_device(args.device)
-    if args.command is None:
-        return story(load_plays(), args.out, device)
+    out, device = getattr(args, "out", OUT / "lesson3"), pick_device(getattr(args, "device", "auto"))
     if args.command == "train":
-        text = read_text(args.text) if args.text else load_plays()
-        train(text, args.out, device, args.resume, **given(args, RNNConfig))
-    elif args.command == "sample":
+        return train(read_text(args.text) if args.text else load_plays(), out, device, args.resume, **given(args, RNNConfig))
+    if args.command == "sample":
         settings = SampleConfig(**given(args, SampleConfig))
-        print(settings.prompt + generate(*load_model(args.out / "best.ckpt", device), **dataclasses.asdict(settings)))
-    else:
-        return report(gradients(args.out))
+        return print(settings.prompt + generate(*load_model(out / "best.ckpt", device), **dataclasses.asdict(settings)))
+    return report(gradients(out)) if args.command else story(load_plays(), out, device)
 
 
 if __name__ == "__main__":
