@@ -479,9 +479,9 @@ def words(text):
 
 def show(title, heads, rows, read):
     """Print a small table, and the sentence that says what to read in it."""
-    print(f"\n{title}\n{'':26}" + "".join(f"{head:>12}" for head in heads))
+    print(f"\n{title}\n{'':26}" + "".join(f"{head:>13}" for head in heads))
     for name, *values in rows:
-        print(f"{name:26}" + "".join(f"{value:>12}" for value in values))
+        print(f"{name:26}" + "".join(f"{value:>13}" for value in values))
     print(f"Read: {read}")
 
 
