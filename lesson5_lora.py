@@ -333,12 +333,10 @@ def gguf_tokenizer(path, meta):
     tokens, kinds = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     added = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
               "special": kind == 3} for i, (t, kind) in enumerate(zip(tokens, kinds)) if kind in (3, 4)]
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-            "normalizer": {"type": "NFC"} if cut == "qwen2" else None, "pre_tokenizer": pre_tokenizer(cut),
-            "post_processor": None, "decoder": BYTE_LEVEL,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                      "ignore_merges": cut == "llama-bpe", "vocab": {t: i for i, t in enumerate(tokens) if kinds[i] != 5},
+    vocab = {t: i for i, t in enumerate(tokens) if kinds[i] != 5}       # 5 fills holes
+    return {"version": "1.0", "added_tokens": added, "normalizer": {"type": "NFC"} if cut == "qwen2" else None,
+            "pre_tokenizer": pre_tokenizer(cut), "post_processor": None, "decoder": BYTE_LEVEL,
+            "model": {"type": "BPE", "ignore_merges": cut == "llama-bpe", "vocab": vocab,
                       "merges": [m.split(" ") for m in meta["tokenizer.ggml.merges"]]}}
 
 
@@ -503,19 +501,25 @@ class KVCache:
     def __init__(self, model, B, S):
         c, like = model.config, model.embed_tokens.weight
         shape = (c.num_hidden_layers, B, c.num_key_value_heads, S, c.head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.k, self.v = (torch.zeros(shape, dtype=like.dtype, device=like.device).unbind() for _ in range(2))
         self.length = 0
 
     def positions(self, T):
         return torch.arange(self.length, self.length + T)[None]         # (1,T)
 
     def write(self, layer, k, v):
-        at, end = self.length, self.length + k.size(2)
-        self.k[layer, :, :, at:end], self.v[layer, :, :, at:end] = k, v # (B,K,T,D)
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]     # (B,K,S,D)
+        T = k.size(2)
+        for old, new in ((self.k[layer], k), (self.v[layer], v)):
+            old.narrow(2, self.length, T).copy_(new)                    # (B,K,T,D)
+        return (old.narrow(2, 0, self.length + T) for old in (self.k[layer], self.v[layer]))    # (B,K,S,D)
 
     def advance(self, T):
         self.length += T
+
+
+def side_by_side(x, packed, *layers):
+    """The outputs of layers that read the same x, next to each other; `packed`, if there, is all of them in one product."""
+    return torch.cat([layer(x) for layer in layers], -1) if packed is None else packed(x)
 
 
 class Attention(nn.Module):
@@ -523,22 +527,24 @@ class Attention(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        C, D, self.D = c.hidden_size, c.head_dim, c.head_dim
-        self.q_proj = nn.Linear(C, c.num_attention_heads * D, bias=c.attention_bias)
-        self.k_proj, self.v_proj = (nn.Linear(C, c.num_key_value_heads * D, bias=c.attention_bias) for _ in range(2))
-        self.o_proj = nn.Linear(c.num_attention_heads * D, C, bias=False)
-        self.q_norm, self.k_norm = (nn.RMSNorm(D, c.rms_norm_eps) if c.model_type == "qwen3" else nn.Identity()
-                                    for _ in range(2))
+        C, D, self.H, self.K, self.D, self.packed = c.hidden_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads, c.head_dim, None
+        self.q_proj = nn.Linear(C, self.H * D, bias=c.attention_bias)
+        self.k_proj, self.v_proj = (nn.Linear(C, self.K * D, bias=c.attention_bias) for _ in range(2))
+        self.o_proj = nn.Linear(self.H * D, C, bias=False)
+        self.q_norm, self.k_norm = (nn.RMSNorm(D, c.rms_norm_eps) if c.model_type == "qwen3" else None for _ in range(2))
 
     def forward(self, x, rotation, mask, cache, layer):
-        q, k, v = (project(x).unflatten(-1, (-1, self.D)).transpose(1, 2)       # (B,T,HD) -> (B,T,H,D) -> (B,H,T,D)
-                   for project in (self.q_proj, self.k_proj, self.v_proj))      # k, v: (B,K,T,D)
-        q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
+        B, T, _ = x.shape
+        qkv = side_by_side(x, self.packed, self.q_proj, self.k_proj, self.v_proj)       # (B,T,(H+2K)D)
+        qk, v = qkv.view(B, T, -1, self.D).transpose(1, 2).split((self.H + self.K, self.K), 1)  # (B,H+K or K,T,D)
+        if self.q_norm is not None:
+            qk = torch.cat([self.q_norm(qk[:, :self.H]), self.k_norm(qk[:, self.H:])], 1)
+        q, k = rotate(qk, *rotation).split((self.H, self.K), 1)         # (B,H,T,D), (B,K,T,D)
         if cache is not None:
             k, v = cache.write(layer, k, v)                             # (B,K,T,D) -> (B,K,S,D)
-        shared = q.reshape(len(q), k.size(1), -1, self.D)               # (B,H,T,D) -> (B,K,GT,D)
+        shared = q.reshape(B, self.K, -1, self.D)                       # (B,H,T,D) -> (B,K,GT,D)
         y = F.scaled_dot_product_attention(shared, k, v, mask)          # lesson 4's softmax(QK'/sqrt(D) + mask)V, fused
-        return self.o_proj(y.reshape(q.shape).transpose(1, 2).flatten(2))       # (B,K,GT,D) -> (B,H,T,D) -> (B,T,HD)
+        return self.o_proj(y.view(B, self.H, T, self.D).transpose(1, 2).reshape(B, T, -1))     # (B,K,GT,D) -> (B,T,HD)
 
 
 class MLP(nn.Module):
@@ -546,11 +552,13 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
+        self.packed = None
         self.gate_proj, self.up_proj = (nn.Linear(c.hidden_size, c.intermediate_size, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = side_by_side(x, self.packed, self.gate_proj, self.up_proj).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -724,14 +732,14 @@ class PackedLinear(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x):
-        rows = x.flatten(0, -2)                                         # (..,in) -> (rows,in)
+        rows = x.reshape(-1, self.in_features)                          # (..,in) -> (rows,in)
         if len(rows) >= 16:
             y = rows @ (self.many if self.bits == 4 else (self.q * self.scale).to(x.dtype)).T   # (rows,in) @ (in,out)
         elif self.bits == 8:
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.q, self.scale.flatten()).to(x.dtype)
         else:
             y = torch._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.q, 32, self.scale).to(x.dtype)
-        y = y.unflatten(0, x.shape[:-1])                                # (rows,out) -> (..,out)
+        y = y.view(*x.shape[:-1], self.out_features)                    # (rows,out) -> (..,out)
         return y if self.bias is None else y + self.bias
 
 
@@ -766,9 +774,23 @@ def for_decoding(model, bits=8):
     table, head = model.embed_tokens.weight, model.lm_head
     if table.device.type != "cpu" or bits == 16:
         return merge_lora(model, table.dtype)
-    twin = replaced(model, lambda layer: PackedLinear(dense(layer), layer.bias, bits, table.dtype)).eval()
+    twin = replaced(model, lambda layer: layer).eval()
+    for block in twin.layers:
+        pack(block, bits, table.dtype)
     twin.lm_head = PackedLinear(head.weight.float(), None, 8, table.dtype)
     return twin
+
+
+def pack(block, bits, dtype):
+    """Pack a block's layers, those that read the same input into one."""
+    def packed(*layers):
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        return PackedLinear(torch.cat([dense(layer) for layer in layers]), torch.cat(biases) if biases else None, bits, dtype)
+    with torch.no_grad():
+        a, m = block.self_attn, block.mlp
+        a.packed, m.packed = packed(a.q_proj, a.k_proj, a.v_proj), packed(m.gate_proj, m.up_proj)
+        a.o_proj, m.down_proj = packed(a.o_proj), packed(m.down_proj)
+        a.q_proj = a.k_proj = a.v_proj = m.gate_proj = m.up_proj = None
 
 
 # ---- loading --------------------------------------------------------------------------------------
@@ -789,12 +811,12 @@ def open_source(source):
 
 
 def load_model(source=None, weights="full", device="cpu", dtype=None):
-    """(model, tokenizer), ready to answer. weights: "full", or "nf4" to train adapters on, or "int8" or "int4" to
-    generate with on a CPU; each layer is read, squeezed and put in its place before the next is read, so the peak is the
-    small model and one layer. dtype: of all else, bfloat16 where that is fast. Raises BadInput."""
+    """(model, tokenizer), ready to answer. weights: "full"; "nf4" to train adapters on; "int8" or "int4" to generate with
+    on a CPU. Each layer is squeezed before the next is read, so the peak is the small model and one layer (one block for
+    int8, int4). dtype: of all else, bfloat16 where that is fast. Raises BadInput."""
     raw, readers, spec, template = open_source(source)
-    config = LlamaConfig.read(raw)
-    stored = raw.get("quantization_config")
+    config, source = LlamaConfig.read(raw), source or "the model"
+    tokenizer, stored = Tokenizer(spec, template, config.eos_token_id), raw.get("quantization_config")
     if stored and not (stored.get("quant_method") == "bitsandbytes" and stored.get("bnb_4bit_quant_type") == "nf4"):
         raise BadInput(f"{source} is quantized by {stored.get('quant_method')}; this lesson reads bitsandbytes' nf4 or none")
     device = torch.device(device)
@@ -802,46 +824,44 @@ def load_model(source=None, weights="full", device="cpu", dtype=None):
     with torch.device("meta"):                                          # shapes without memory
         model = Llama(config).requires_grad_(False)
 
-    def read(name, shape):
+    def read(name, shape=None):
         if name not in readers:
-            raise BadInput(f"{source or 'the model'} has no tensor {name}; the file is incomplete or of another family")
+            raise BadInput(f"{source} has no tensor {name}; the file is incomplete or of another family")
         try:
             tensor = readers.pop(name)()
         except (safetensors.SafetensorError, OSError) as e:
             raise BadInput(f"cannot read {name} from {source}: {e}") from None
-        if shape is not None and tensor.shape != shape:
+        if shape not in (None, tensor.shape):
             raise BadInput(f"{name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}")
-        return tensor
+        return tensor.to(device)
 
-    places = {path: (parent, name) for path, parent, name, _ in linears(model)}
+    layers = {path: (parent, name) for path, parent, name, _ in linears(model)}
     for path, module in list(model.named_modules()):
-        state = f"{path}.weight.quant_state.bitsandbytes__nf4"
+        packed = f"{path}.weight.quant_state.bitsandbytes__nf4" in readers
         for name, empty in list(module.named_parameters(recurse=False)):
             if path == "lm_head" and config.tie_word_embeddings:
                 module.weight = model.embed_tokens.weight
-            elif not (name == "weight" and state in readers):
-                tensor = read(f"{path}.{name}", empty.shape).to(device, dtype)
-                setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-        if state in readers:                                            # was written in 4 bits
-            packed = read_nf4(lambda key: read(f"{path}.weight{key}", None).to(device))
-            module = NF4Linear(packed, module.bias)
-            if weights == "full":
-                module = linear(dense(module).to(dtype), module.bias)
-        elif path in places and weights == "nf4":
+            elif not (packed and name == "weight"):
+                setattr(module, name, nn.Parameter(read(f"{path}.{name}", empty.shape).to(dtype), requires_grad=False))
+        if packed:                                                      # it was written in 4 bits
+            module = NF4Linear(read_nf4(lambda key: read(f"{path}.weight{key}")), module.bias)
+            module = module if weights == "nf4" else linear(dense(module).to(dtype), module.bias)
+        elif path in layers and weights == "nf4":
             module = NF4Linear(quantize_nf4(module.weight), module.bias)
-        if weights.startswith("int") and (path in places or path == "lm_head"):
-            module = PackedLinear(dense(module), module.bias, 4 if weights == "int4" and path in places else 8, dtype)
-        if path in places or path == "lm_head":
-            setattr(*places.get(path, (model, "lm_head")), module)
+        if path in layers:
+            setattr(*layers[path], module)
+            if weights.startswith("int") and path.endswith("down_proj"):        # the last of its block
+                pack(model.layers[int(path.split(".")[1])], int(weights[3:]), dtype)
+    if weights.startswith("int"):
+        model.lm_head = PackedLinear(model.lm_head.weight.float(), None, 8, dtype)
     if left := [name for name in readers if "rotary_emb" not in name and name != "lm_head.weight"]:
         raise BadInput(f"{source} has tensors that this lesson has no place for, the first is {left[0]}")
-    return model.eval(), Tokenizer(spec, template, config.eos_token_id)
+    return model.eval(), tokenizer
 
 
 def linear(weight, bias=None):
     """A frozen nn.Linear around a weight (out,in)."""
-    with torch.device("meta"):
-        layer = nn.Linear(weight.size(1), weight.size(0), bias=False)
+    layer = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
     layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), bias
     return layer
 
@@ -972,55 +992,41 @@ def tensors_to_write(model, dtype):
         if isinstance(module, NF4Linear):
             w = module.state()
             state = {"quant_type": "nf4", "blocksize": 64, "dtype": str(w.dtype).removeprefix("torch."), "shape": list(w.shape)}
-            yield from ((f"{name}.weight", w.packed), (f"{name}.weight.absmax", w.absmax), (f"{name}.weight.quant_map", NF4))
+            parts = {"": w.packed, ".absmax": w.absmax, ".quant_map": NF4.clone()}     # no two names may share memory
             if w.nested is not None:
                 state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": w.offset.item()}
-                yield from ((f"{name}.weight.nested_absmax", w.nested), (f"{name}.weight.nested_quant_map", DYNAMIC))
-            yield (f"{name}.weight.quant_state.bitsandbytes__nf4",
-                   torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8))
+                parts |= {".nested_absmax": w.nested, ".nested_quant_map": DYNAMIC.clone()}
+            parts[".quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+            yield from ((f"{name}.weight{key}", part.cpu()) for key, part in parts.items())
         for key, p in module.named_parameters(recurse=False):
             if not (path == "lm_head" and model.config.tie_word_embeddings):
-                yield f"{name}.{key}", p.detach().to(dtype)
+                yield f"{name}.{key}", p.detach().to("cpu", dtype).contiguous()
 
 
-def export_hf(model, tokenizer, folder, dtype=torch.bfloat16, shard=4e9):
+def export_hf(model, tokenizer, folder, dtype=torch.bfloat16):
     """A folder that transformers, vLLM and llama.cpp's converter read; 4-bit layers stay 4-bit, in bitsandbytes' form.
     It is written under another name and renamed when whole: a full disk leaves nothing half-written. Raises BadInput."""
     folder = pathlib.Path(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
         raise BadInput(f"{folder} exists and is no model folder; give another name")
-    tmp, files, held, total = folder.with_name(f".{os.getpid()}.{folder.name}"), [], {}, 0
-    config = model.config.write(str(dtype).removeprefix("torch."))
-    if any(isinstance(m, NF4Linear) for m in model.modules()):
+    tmp, name = folder.with_name(f".{os.getpid()}.{folder.name}"), str(dtype).removeprefix("torch.")
+    config, packed = model.config.write(name), [layer for *_, layer in linears(model) if isinstance(layer, NF4Linear)]
+    if packed:
         config["quantization_config"] = {
             "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": any(isinstance(m, NF4Linear) and m.nested is not None for m in model.modules()),
-            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."), "bnb_4bit_quant_storage": "uint8"}
-    text_of = {i: t for t, i in tokenizer.added.items()}
-    end = text_of.get((model.config.eos_token_id or [None])[0])
+            "bnb_4bit_use_double_quant": packed[0].nested is not None, "bnb_4bit_compute_dtype": name,
+            "bnb_4bit_quant_storage": "uint8"}
+    end = next((t for t, i in tokenizer.added.items() if i in model.config.eos_token_id), None)
     try:
         tmp.mkdir(parents=True)
-        for name, tensor in tensors_to_write(model, dtype):
-            if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard:
-                files.append(held)
-                save_tensors(held, tmp / f"model-{len(files):05}.safetensors")
-                files[-1], held = list(held), {}
-            held[name], total = tensor.contiguous().cpu(), total + tensor.nbytes
-        files.append(list(held))
-        save_tensors(held, tmp / f"model-{len(files):05}.safetensors")
-        names = ["model.safetensors"] if len(files) == 1 else \
-            [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-        for i, name in enumerate(names, 1):
-            os.replace(tmp / f"model-{i:05}.safetensors", tmp / name)
-        if len(names) > 1:
-            write_json(tmp / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": {
-                key: name for name, keys in zip(names, files) for key in keys}})
+        save_tensors(dict(tensors_to_write(model, dtype)), tmp / "model.safetensors")
         write_json(tmp / "config.json", config)
         write_json(tmp / "generation_config.json", {"eos_token_id": sorted(tokenizer.eos), "do_sample": False})
         write_json(tmp / "tokenizer.json", tokenizer.spec)
-        write_json(tmp / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end,
-                   "pad_token": end, "chat_template": tokenizer.template, "clean_up_tokenization_spaces": False,
-                   "model_max_length": model.config.max_position_embeddings})
+        write_json(tmp / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end,
+            "chat_template": tokenizer.template, "clean_up_tokenization_spaces": False,
+            "model_max_length": model.config.max_position_embeddings})
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(tmp, folder)
@@ -1174,9 +1180,9 @@ def train(model, tokenizer, conversations, config, out=None, resume=False):
     digest = hashlib.sha256(json.dumps(conversations).encode()).hexdigest()
     if resume:
         saved = load_checkpoint(out / "last.ckpt")
-        if saved["data"] != digest or saved["config"] != dataclasses.asdict(config):
-            raise BadInput(f"{out / 'last.ckpt'} was trained on other data or with other flags: give the same, or leave out "
-                           "--resume")
+        if saved["data"] != digest or [p.shape for p in parameters] != [p.shape for p in saved["parameters"]]:
+            raise BadInput(f"{out / 'last.ckpt'} belongs to other data, another model, rank or targets: give the same, or "
+                           "leave out --resume")
         for p, value in zip(parameters, saved["parameters"]):
             p.data.copy_(value)
         optimizer.load_state_dict(saved["optimizer"])
@@ -1519,7 +1525,7 @@ def main():
                 model = merge_lora(load_adapter(model, args.adapter), dtype)
             print(f"written to {export_hf(model, tokenizer, args.to, dtype)}, {megabytes(model):.1f} MB")
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
+        if isinstance(e, RuntimeError) and not re.search("allocate memory|out of memory", str(e)):
             raise
         raise BadInput("out of memory: take --micro-batch 1 --checkpointing, a shorter --max-tokens, or a smaller model") from None
 
