@@ -57,6 +57,7 @@ from torch.nn import functional as F    # linear, layer norm, GELU
 from lesson1_linreg import BadInput, Parser, cli, flag, given, replacing, report
 from lesson3_charrnn import OUT, fetch_wheel
 from lesson4_gpt import ScaledDotProductAttention
+from lesson5_lora import generate, load_adapter, load_model
 
 ROOT = pathlib.Path(__file__).resolve().parent
 
@@ -94,12 +95,12 @@ def clean(text):
     text = text.encode("utf-8", "replace").decode("utf-8")
     text = "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cn") else " " for c in text)
     lines = [" ".join(line.split()) for line in text.split("\n")]
-    wide = max(map(len, lines), default=0)
+    width = [len(line) + len(re.findall(f"[{CJK}]", line)) for line in lines]   # a Chinese character is twice as wide
     joined = ""
-    for before, line in zip([""] + lines, lines):
+    for before, line, size in zip([""] + lines, lines, [0] + width):
         if not line:
             continue
-        if len(before) < 0.7 * wide or re.search(r"[.!?:。！？：；]$", before):      # a short line ends its paragraph
+        if size < 0.7 * max(width) or re.search(r"[.!?:。！？：；]$", before):      # a short line ends its paragraph
             joined += "\n" + line
         elif re.search(r"[a-z]-$", joined) and line[0].islower():
             joined = joined[:-1] + line
@@ -174,11 +175,15 @@ class WordPiece:
         self.lower, self.spacing, self.known = lower, Spacing(lower), {}
         self.unknown, self.cls, self.sep = (self.id_of[name] for name in ("[UNK]", "[CLS]", "[SEP]"))
 
-    def encode(self, text):
-        """List of ids, without [CLS] and [SEP]."""
+    def words(self, text):
+        """The words of text, a punctuation mark or a Chinese character being one too."""
         if self.lower:
             text = unicodedata.normalize("NFD", text)       # an accent becomes a character of its own, and is dropped
-        return [i for word in text.translate(self.spacing).split() for i in self.pieces(word)]
+        return text.translate(self.spacing).split()
+
+    def encode(self, text):
+        """List of ids, without [CLS] and [SEP]."""
+        return [i for word in self.words(text) for i in self.pieces(word)]
 
     def pieces(self, word):
         if word not in self.known:
@@ -226,10 +231,12 @@ class Embedder:
         self.width, self.id = self.config["hidden_size"], hashlib.sha256(
             self.weights["embeddings.word_embeddings.weight"].numpy().tobytes()).hexdigest()[:16]
         self.attend = ScaledDotProductAttention()
+        noise = torch.randn(self.width, min(128, self.width), generator=torch.Generator().manual_seed(0))
+        self.projection = torch.linalg.qr(noise).Q                                              # (C,128)
 
-    def unknown(self, ids):
-        """Share of the ids that are [UNK]: MiniLM knows 244 Chinese characters, so Chinese texts look all alike."""
-        return ids.count(self.tokenizer.unknown) / max(len(ids), 1)
+    def reads(self, ids):
+        """Whether it knows most of a text. MiniLM has 244 Chinese characters: to it, Chinese texts look all alike."""
+        return ids.count(self.tokenizer.unknown) <= 0.3 * len(ids)
 
     @torch.inference_mode()
     def forward(self, batch):
@@ -258,29 +265,28 @@ class Embedder:
             x = norm(x + linear(inner, layer + "output.dense"), layer + "output.LayerNorm")
         return x.split(lengths)
 
-    def encode_parts(self, texts, tokens=2048):
-        """texts: for each a list of its sentences, each a list of ids -> for each (1+S,C): the unit vector of the text
-        and of each sentence in it, from one pass. Sorted by length, at most `tokens` at once, so that caches hold them."""
-        limit, order = self.longest - 2, sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
-        out, batch = [None] * len(texts), []
-        for n, i in enumerate(order):
-            batch.append(i)
-            ahead = sum(map(len, texts[order[n + 1]])) if n + 1 < len(order) else math.inf
-            if ahead * (len(batch) + 1) > tokens:
-                ids = [[self.tokenizer.cls] + sum(texts[j], [])[:limit] + [self.tokenizer.sep] for j in batch]
-                for j, x in zip(batch, self.forward(ids)):
-                    rows, at = [x[0] if self.first else x.mean(0)], 1
-                    for sentence in texts[j]:
-                        rows.append(x[at:at + len(sentence)].mean(0) if at < len(x) - 1 and sentence else rows[0])
-                        at += len(sentence)
-                    out[j] = F.normalize(torch.stack(rows), dim=1)                              # (1+S,C)
-                batch = []
+    def encode_ids(self, texts, tokens=2048):
+        """texts: lists of ids -> for each its unit vector (C,) and those of its tokens (T,C). Sorted by length and at
+        most `tokens` at once, so that the processor's caches hold them."""
+        order, out = sorted(range(len(texts)), key=lambda i: len(texts[i])), [None] * len(texts)
+        while order:
+            longest = min(len(texts[order[-1]]), self.longest - 2) + 2
+            batch = [order.pop() for _ in range(min(len(order), max(1, tokens // longest)))]
+            ids = [[self.tokenizer.cls] + texts[i][:self.longest - 2] + [self.tokenizer.sep] for i in batch]
+            for i, x in zip(batch, self.forward(ids)):
+                out[i] = F.normalize(x[0] if self.first else x.mean(0), dim=0), F.normalize(x[1:-1], dim=1)
         return out
 
     def encode(self, texts, query=False):
         """Unit vectors (N,C) of texts; what is beyond `longest` tokens is not seen."""
         texts = [self.instruction + t for t in texts] if query else texts
-        return torch.stack([parts[0] for parts in self.encode_parts([[self.tokenizer.encode(t)] for t in texts])])
+        return torch.stack([vector for vector, _ in self.encode_ids([self.tokenizer.encode(t) for t in texts])])
+
+    def small(self, x):
+        """Token vectors (T,C) as int8 (T,128): a random projection keeps angles (Johnson & Lindenstrauss 1984) at a
+        twelfth of the bytes."""
+        x = x @ self.projection                                                                 # (T,C) @ (C,128)
+        return (x * 127 / x.abs().amax(1, keepdim=True)).round().to(torch.int8).numpy()
 
 
 # ---- parse: in a process that can be killed -------------------------------------------------------
@@ -300,6 +306,13 @@ def parse_child():
     except (ImportError, ValueError, OSError):
         pass                            # macOS knows RLIMIT_AS but does not grant it
     import pypdf
+
+    def spaces(operator, operands, *_):
+        """Where a font has no space, words are only set apart, and pypdf sees no gap that is less than half of what it
+        believes a space to be: most of justified text would be one word. A sixth of the letter height is a gap."""
+        if operator == b"TJ" and operands and isinstance(operands[0], list):
+            operands[0][:] = [" " if isinstance(x, (int, float)) and x < -160 else x for x in operands[0]]
+
     pages, bad, why, size = [], [], "", 0
     try:
         reader = pypdf.PdfReader(path)
@@ -309,7 +322,7 @@ def parse_child():
             raise ValueError(f"it has {len(reader.pages)} pages, more than --max-pages {most}")
         for number, page in enumerate(reader.pages, 1):
             try:
-                pages.append(page.extract_text())
+                pages.append(page.extract_text(visitor_operand_before=spaces))
             except MemoryError:
                 raise
             except Exception as e:      # one broken page is no reason to lose the others
@@ -388,9 +401,12 @@ class Chunk:
     page: int                           # counted from 1, as the PDF's pages lie, whatever is printed on them
     start: int                          # of its text on the cleaned page, in characters
     text: str
-    spans: list                         # (start, end) of each sentence in text
-    vectors: np.ndarray | None = None   # (1+S,C) of the text and of its sentences; None: the encoder cannot read it
-    ids: list | None = None             # token ids of each sentence, until it is embedded
+    spans: list                         # (start, end, tokens) of each sentence in text
+    key: str                            # hash of its words
+    vector: np.ndarray | None = None    # (C,); None: the encoder cannot read it
+    id: int = 0                         # its row
+    ids: list | None = None             # until it is embedded: its tokens
+    tokens: np.ndarray | None = None    # until it is stored: (T,128) int8, one vector per token
 
 
 def split_long(text, start, end, tokenizer, budget):
@@ -403,24 +419,24 @@ def split_long(text, start, end, tokenizer, budget):
     return split_long(text, start, middle, tokenizer, budget) + split_long(text, middle, end, tokenizer, budget)
 
 
-def make_chunks(doc, pages, tokenizer, config):
+def make_chunks(doc, pages, embedder, config):
     """Whole sentences up to config.chunk_tokens, never across pages; each chunk starts with the last sentences of the
     one before, up to config.overlap_tokens, so that what a cut would separate stands together once."""
-    chunks, seen = [], set()
+    chunks, seen, budget = [], set(), min(config.chunk_tokens, embedder.longest - 2)
     for number, text in enumerate(pages, 1):
-        pieces = [p for span in sentences(text) for p in split_long(text, *span, tokenizer, config.chunk_tokens)]
+        pieces = [p for span in sentences(text) for p in split_long(text, *span, embedder.tokenizer, budget)]
         first = 0
         while first < len(pieces):
             last, size = first, 0
-            while last < len(pieces) and (size := size + len(pieces[last][2])) <= config.chunk_tokens:
+            while last < len(pieces) and (size := size + len(pieces[last][2])) <= budget:
                 last += 1
             start, end = pieces[first][0], pieces[last - 1][1]
-            digest = hashlib.sha256(" ".join(text[start:end].lower().split()).encode()).digest()
-            if digest not in seen:      # the same text again adds nothing, and crowds others out of the top k
-                seen.add(digest)
-                chunks.append(Chunk(doc, number, start, text[start:end], [(a - start, b - start) for a, b, _ in
-                                                                         pieces[first:last]],
-                                    ids=[ids for _, _, ids in pieces[first:last]]))
+            key = hashlib.sha256(" ".join(text[start:end].lower().split()).encode()).hexdigest()[:32]
+            if key not in seen:         # the same text again adds nothing, and crowds others out of the top k
+                seen.add(key)
+                spans = [(a - start, b - start, len(ids)) for a, b, ids in pieces[first:last]]
+                ids = [i for piece in pieces[first:last] for i in piece[2]]
+                chunks.append(Chunk(doc, number, start, text[start:end], spans, key, ids=ids))
             if last == len(pieces):
                 break
             back, overlap = last, 0
@@ -436,8 +452,8 @@ SCHEMA = """
 create table if not exists meta (key text primary key, value text);
 create table if not exists documents (id text primary key, name text, bytes int, status text, reason text default '',
     pages int default 0, attempts int default 0, created real);
-create table if not exists chunks (id integer primary key, doc text references documents on delete cascade, page int,
-    start int, text text, spans text, vectors blob);
+create table if not exists chunks (id integer primary key autoincrement, doc text references documents on delete cascade,
+    page int, start int, text text, spans text, key text, vector blob, tokens blob);
 create index if not exists chunks_doc on chunks(doc);
 """
 ATTEMPTS = 3                            # times a document may be begun; a PDF that kills the server must not do so for ever
@@ -575,15 +591,15 @@ class Store:
         """Parse, chunk, embed; then chunks, vectors and `ready` in one transaction."""
         try:
             pages, empty = parse(self.path(doc), self.config, lambda child: setattr(self, "child", child))
-            chunks = make_chunks(doc, pages, self.embedder.tokenizer, self.config)
+            chunks = make_chunks(doc, pages, self.embedder, self.config)
             embed(chunks, self.embedder, lambda: self.stopping)
             with self.lock, self.transaction() as db:
                 note = f"no text on {len(empty)} of {len(pages)} pages: {str(empty[:20])[1:-1]}" if empty else ""
                 if db.execute("update documents set status = 'ready', pages = ?, reason = ? where id = ?",
                               [len(pages), note, doc]).rowcount:        # 0: deleted in the meantime
-                    db.executemany("insert into chunks (doc, page, start, text, spans, vectors) values (?, ?, ?, ?, ?, ?)", [
-                        (doc, c.page, c.start, c.text, json.dumps(c.spans),
-                         None if c.vectors is None else c.vectors.tobytes()) for c in chunks])
+                    db.executemany("insert into chunks (doc, page, start, text, spans, key, vector, tokens) values "
+                                   "(?, ?, ?, ?, ?, ?, ?, ?)", [
+                        (doc, c.page, c.start, c.text, json.dumps(c.spans), c.key, c.vector, c.tokens) for c in chunks])
         except InterruptedError:        # the server stops; this was no attempt
             with self.transaction() as db:
                 db.execute("update documents set status = 'queued', attempts = attempts - 1 where id = ?", [doc])
@@ -606,11 +622,17 @@ class Store:
 
     def segment(self, row):
         """The searchable form of a document that is ready."""
-        C, chunks = self.embedder.width, []
-        for r in self.query("select * from chunks where doc = ? order by id", row["id"]):
-            vectors = None if r["vectors"] is None else np.frombuffer(r["vectors"], np.float32).reshape(-1, C)
-            chunks.append(Chunk(r["doc"], r["page"], r["start"], r["text"], json.loads(r["spans"]), vectors))
-        return Segment(row["id"], row["name"], chunks, C)
+        chunks = [Chunk(r["doc"], r["page"], r["start"], r["text"], json.loads(r["spans"]), r["key"],
+                        None if r["vector"] is None else np.frombuffer(r["vector"], np.float32), r["id"])
+                  for r in self.query("select id, doc, page, start, text, spans, key, vector from chunks where doc = ? "
+                                      "order by id", row["id"])]
+        return Segment(row["id"], row["name"], chunks, self.embedder.width)
+
+    def token_vectors(self, chunks):
+        """{chunk id: (T,128) int8}, of those that have any and still are there."""
+        rows = self.query(f"select id, tokens from chunks where id in ({','.join(str(c.id) for c in chunks)})")
+        return {r["id"]: np.frombuffer(r["tokens"], np.int8).reshape(-1, self.embedder.projection.shape[1])
+                for r in rows if r["tokens"] is not None}
 
     def wait(self, seconds=math.inf):
         """Until nothing is queued or processing, or the time is over."""
@@ -627,16 +649,15 @@ class Store:
         self.db.close()
 
 
-def embed(chunks, embedder, stop=lambda: False, batch=32):
+def embed(chunks, embedder, stop=lambda: False, batch=64):
     """Fill in the vectors of chunks, except where the encoder reads mostly [UNK]."""
-    readable = [c for c in chunks if embedder.unknown(sum(c.ids, [])) <= 0.3]
-    readable.sort(key=lambda c: sum(map(len, c.ids)))
+    readable = sorted((c for c in chunks if embedder.reads(c.ids)), key=lambda c: len(c.ids))
     for i in range(0, len(readable), batch):
         if stop():
             raise InterruptedError
         group = readable[i:i + batch]
-        for c, vectors in zip(group, embedder.encode_parts([c.ids for c in group])):
-            c.vectors = vectors.numpy()
+        for c, (vector, tokens) in zip(group, embedder.encode_ids([c.ids for c in group])):
+            c.vector, c.tokens = vector.numpy(), embedder.small(tokens)
 
 
 # ---- search: what readers see ---------------------------------------------------------------------
@@ -646,7 +667,7 @@ class Segment:
 
     def __init__(self, doc, name, chunks, C):
         self.doc, self.name, self.chunks = doc, name, chunks
-        self.vectors = np.stack([np.zeros(C, np.float32) if c.vectors is None else c.vectors[0] for c in chunks]) \
+        self.vectors = np.stack([np.zeros(C, np.float32) if c.vector is None else c.vector for c in chunks]) \
             if chunks else np.zeros((0, C), np.float32)
         counts = [collections.Counter(terms(c.text)) for c in chunks]
         self.lengths = np.array([sum(c.values()) for c in counts], np.float32)
@@ -676,9 +697,9 @@ class Snapshot:
         df = {t: sum(s.places[t].shape[1] for s in self.segments if t in s.places) for t in set(query)}
         return {t: math.log(1 + (N - n + 0.5) / (n + 0.5)) for t, n in df.items()}
 
-    def bm25(self, query, k1=1.2, b=0.75):
-        """Scores (N,) of terms `query`: rare terms count more, each repetition less, long chunks less. Robertson 1994."""
-        scores, idf, base = np.zeros(len(self.chunks), np.float32), self.idf(query), 0
+    def bm25(self, idf, k1=1.2, b=0.75):
+        """Scores (N,) for the terms of `idf`: rare terms count more, each repetition less, long chunks less. Robertson 1994."""
+        scores, base = np.zeros(len(self.chunks), np.float32), 0
         mean = sum(s.lengths.sum() for s in self.segments) / max(len(self.chunks), 1)
         for s in self.segments:
             for t, weight in idf.items():
@@ -701,8 +722,9 @@ class Hit:
 
 @dataclasses.dataclass
 class Retrieval:
-    hits: list
-    score: float                        # evidence of the best
+    hits: list                          # best first
+    score: float                        # evidence in the best
+    refused: bool                       # it is too little: gate 1
     dense: bool                         # False: the encoder cannot read the question, so BM25 searched alone
     ms: dict                            # milliseconds of each stage
 
@@ -714,51 +736,81 @@ def best(scores, n):
     return [int(i) for i in top[np.argsort(-scores[top], kind="stable")] if scores[i] > 0]
 
 
-def retrieve(snapshot, embedder, question, top_k=4, depth=50, candidates=30):
+def retrieve(store, question, top_k=4, snapshot=None, depth=50, candidates=30):
     """The top_k chunks for a question: Retrieval. Two legs, fused by reciprocal rank, then reranked by evidence."""
     ms, clock = {}, time.perf_counter()
 
     def lap(stage):
         nonlocal clock
         ms[stage], clock = round((time.perf_counter() - clock) * 1000, 2), time.perf_counter()
-    words, ids = terms(question), embedder.tokenizer.encode(question)
-    dense = embedder.unknown(ids) <= 0.3 and snapshot.vectors is not None
-    vector = embedder.encode([question], query=True)[0].numpy() if dense else None      # (C,)
+    snapshot = snapshot or store.snapshot
+    asked = Question(question, store.embedder, snapshot)
     lap("embed")
-    legs = {"bm25": best(snapshot.bm25(words), depth)}
-    if dense:
-        legs["dense"] = best(snapshot.vectors @ vector, depth)                          # (N,C) @ (C,) -> (N,)
+    legs = {"bm25": best(snapshot.bm25(asked.idf), depth)}
+    if asked.vector is not None:
+        legs["dense"] = best(snapshot.vectors @ asked.vector, depth)                    # (N,C) @ (C,) -> (N,)
     lap("search")
     ranks = {name: {i: r for r, i in enumerate(leg, 1)} for name, leg in legs.items()}
     fused = {i: sum(1 / (60 + rank[i]) for rank in ranks.values() if i in rank) for leg in legs.values() for i in leg}
     order = sorted(fused, key=fused.get, reverse=True)[:candidates]
-    idf = snapshot.idf(words)
+    tokens = store.token_vectors([snapshot.chunks[i] for i in order]) if asked.vector is not None else {}
     hits = []
     for i in order:
         chunk = snapshot.chunks[i]
-        score, quote = evidence(chunk, idf, vector)
-        hits.append(Hit(chunk, snapshot.names[chunk.doc], score, quote, {n: r.get(i) for n, r in ranks.items()}))
+        score, quote = asked.evidence(chunk, tokens.get(chunk.id))
+        places = {name: rank.get(i) for name, rank in ranks.items()} | {"fused": order.index(i) + 1}
+        hits.append(Hit(chunk, snapshot.names[chunk.doc], score, quote, places))
     hits.sort(key=lambda hit: -hit.score)
     lap("rerank")
-    return Retrieval(hits[:top_k], hits[0].score if hits else 0.0, dense, ms)
+    score, dense = hits[0].score if hits else 0.0, asked.vector is not None
+    limit = store.config.threshold if store.config.threshold >= 0 else THRESHOLD["dense" if dense else "lexical"]
+    return Retrieval(hits[:top_k], score, score < limit, dense, ms)
 
 
-def evidence(chunk, idf, vector):
-    """(score, quote)"""
-    total = sum(idf.values()) or 1
-    found = [set(terms(chunk.text[a:b])) for a, b in chunk.spans]
-    cover = [sum(w for t, w in idf.items() if t in f) / total for f in found]
-    cosine = chunk.vectors @ vector if vector is not None and chunk.vectors is not None else None
-    sentence = [c + (s if cosine is not None else 0) for c, s in zip(cover, cosine[1:] if cosine is not None else cover)]
-    i = int(np.argmax(sentence))
-    whole = sum(w for t, w in idf.items() if any(t in f for f in found)) / total
-    return float(whole + (cosine[0] if cosine is not None else 0)) / 2, chunk.text[slice(*chunk.spans[i])]
+class Question:
+    """What a question is compared by: its terms and how telling each is, its vector, and those of its tokens."""
+
+    def __init__(self, text, embedder, snapshot):
+        self.idf = snapshot.idf(terms(text))
+        self.total = sum(self.idf.values()) or 1.0
+        self.vector = None
+        words = [(word, embedder.tokenizer.pieces(word)) for word in embedder.tokenizer.words(text)]
+        ids = [i for _, pieces in words for i in pieces]
+        if embedder.reads(ids) and snapshot.vectors is not None:
+            self.vector = embedder.encode([text], query=True)[0].numpy()                        # (C,)
+            x = F.normalize(embedder.encode_ids([ids])[0][1] @ embedder.projection, dim=1)      # (Q,128)
+            self.tokens = x.numpy()
+            weight = [sum(self.idf.get(t, 0) for t in terms(word)) for word, pieces in words for _ in pieces][:len(x)]
+            self.weight = np.array(weight, np.float32) / (sum(weight) or 1)                     # (Q,)
+
+    def evidence(self, chunk, tokens):
+        """How much speaks for the answer being in this chunk, 0..1, and its sentence that says most.
+
+        Coverage: the share of the question's terms, weighted by how rare they are, that occur in the chunk, and in two
+        neighbouring sentences. If the encoder reads both, also late interaction: each token of the question looks for
+        the most similar token of the chunk (Khattab & Zaharia 2020); and the cosine of the whole."""
+        found = [set(terms(chunk.text[a:b])) for a, b, _ in chunk.spans]
+
+        def cover(*sets):
+            return sum(w for t, w in self.idf.items() if any(t in s for s in sets)) / self.total
+        alone = [cover(s) for s in found]
+        pair = max(cover(*two) for two in zip(found, found[1:] + [set()]))
+        score = (cover(*found) + pair) / 2
+        if tokens is not None and self.vector is not None:
+            x = tokens / np.linalg.norm(tokens.astype(np.float32), axis=1, keepdims=True)
+            match = self.tokens @ x.T                                                           # (Q,128) @ (128,T)
+            score = (score + float(self.weight @ match.max(1)) + float(chunk.vector @ self.vector)) / 3
+            ends = np.cumsum([n for _, _, n in chunk.spans])
+            alone = [c + float(self.weight @ match[:, e - n:e].max(1)) if n and e <= len(x) else c
+                     for c, e, (_, _, n) in zip(alone, ends, chunk.spans)]
+        start, end, _ = chunk.spans[int(np.argmax(alone))]
+        return score, chunk.text[start:end]
 
 
 # ---- refusal --------------------------------------------------------------------------------------
 
 REFUSAL = {"en": "Not mentioned in the documents.", "zh": "文档未提及。"}
-THRESHOLD = 0.35
+THRESHOLD = {"dense": 0.35, "lexical": 0.35}        # by tests/eval_lesson6.py, with MiniLM; --threshold for other encoders
 
 
 def language(question):
@@ -775,7 +827,17 @@ def supported(answer, hits, question):
     there = set(terms(question)) | {t for hit in hits for t in terms(hit.chunk.text)}
     said = terms(answer)
     numbers = [t for t in said if t.isdigit()]
-    return all(t in there for t in numbers) and sum(t in there for t in said) >= 0.6 * len(said)
+    return all(t in there for t in numbers) and sum(t in there for t in said) >= 0.6 * len(said) > 0
+
+
+def cited(answer, hits, question):
+    """The hits that the answer rests on, best first: those whose words it uses."""
+    said = set(terms(answer)) - set(terms(question))
+
+    def support(hit):
+        return len(said & set(terms(hit.chunk.text))) / max(len(said), 1) + hit.score
+    ranked = sorted(hits, key=support, reverse=True)
+    return ranked[:1]
 
 
 # ---- prompt ---------------------------------------------------------------------------------------
@@ -804,7 +866,7 @@ def build_prompt(question, hits, count, budget):
             report["dropped"] += 1
             continue
         if count(text) > room:
-            ends = [end for _, end in hit.chunk.spans if count(text[:end]) <= room]
+            ends = [end for _, end, _ in hit.chunk.spans if count(text[:end]) <= room]
             text = text[:ends[-1]] if ends else ""
             report["cut" if text else "dropped"] += 1
         if text:
@@ -826,21 +888,21 @@ class LocalLLM:
     """Lesson 5's model. One answer at a time."""
 
     def __init__(self, folder=None, adapter=None):
-        import lesson5_lora
-        self.lesson5 = lesson5_lora
-        self.model, self.tokenizer = lesson5_lora.load_model(folder or None)
+        self.model, self.tokenizer = load_model(folder or None)
         if adapter:
-            lesson5_lora.load_adapter(self.model, adapter)
+            load_adapter(self.model, adapter)
         self.lock = threading.Lock()
 
     def count(self, text):
         return len(self.tokenizer.encode(text))
 
     def stream(self, messages, most, stop):
-        """Pieces of the answer to messages, greedy, at most `most` tokens, until stop() is true."""
-        with self.lock:
-            yield from self.lesson5.generate(self.model, self.tokenizer, messages, max_new_tokens=most, temperature=0.0,
-                                             stop=lambda *_: stop())
+        """Pieces of the answer to messages, greedy, at most `most` tokens, until stop() is true. Raises BadInput."""
+        with self.lock, contextlib.closing(generate(self.model, self.tokenizer, messages, most)) as pieces:
+            for piece in pieces:
+                yield piece
+                if stop():
+                    return
 
 
 class RemoteLLM:
@@ -898,19 +960,20 @@ def make_llm(config):
 
 # ---- answer: the whole way of a question ----------------------------------------------------------
 
-def answer(snapshot, embedder, llm, config, question, top_k=None, debug=False, stop=lambda: False):
-    """Yields (event, data): sources, token ..., done. Raises LLMError."""
-    began = time.perf_counter()
-    found = retrieve(snapshot, embedder, question, top_k or config.top_k)
-    ms = dict(found.ms)
+def answer(store, llm, question, top_k=None, snapshot=None, debug=False, stop=lambda: False):
+    """Yields (event, data): sources, token ..., done, as /ask sends them. Raises LLMError, BadInput."""
+    began, config = time.perf_counter(), store.config
+    found = retrieve(store, question, top_k or config.top_k, snapshot)
+    ms, text, gate, hits, cut, first = dict(found.ms), "", None, [], None, None
 
     def source(hit):
         return {"document": hit.chunk.doc, "name": hit.name, "page": hit.chunk.page, "score": round(hit.score, 4),
-                "quote": hit.quote, "ranks": hit.legs}
-    yield "sources", {"sources": [source(hit) for hit in found.hits], "score": round(found.score, 4), "dense": found.dense}
-    text, why, hits, first = "", None, [], None
-    if found.score < (THRESHOLD if config.threshold < 0 else config.threshold):
-        why = "retrieval"
+                "quote": hit.quote} | ({"text": hit.chunk.text, "ranks": hit.legs} if debug else {})
+
+    yield "sources", {"sources": [source(hit) for hit in found.hits], "score": round(found.score, 4),
+                      "dense": found.dense}
+    if found.refused:
+        gate = "retrieval"
     else:
         clock = time.perf_counter()
         messages, hits, cut = build_prompt(question, found.hits, llm.count, config.context - config.answer_tokens)
@@ -919,19 +982,16 @@ def answer(snapshot, embedder, llm, config, question, top_k=None, debug=False, s
             first = first or time.perf_counter()
             text += piece
             yield "token", {"text": piece}
-        if says_no(text):
-            why = "model"
-        elif not supported(text, hits, question):
-            why = "support"
-    if why:
-        text = REFUSAL[language(question)]
-        if why == "retrieval":
-            first = time.perf_counter()
-            yield "token", {"text": text}
+        gate = "model" if says_no(text) else None if supported(text, hits, question) else "support"
+    said = REFUSAL[language(question)] if gate else text.strip()
+    if gate == "retrieval":
+        first = time.perf_counter()
+        yield "token", {"text": said}
     now = time.perf_counter()
     ms |= {"first_token": round(((first or now) - began) * 1000, 2), "total": round((now - began) * 1000, 2)}
-    yield "done", {"answer": text, "refused": bool(why), "gate": why, "timings": ms,
-                   "citations": [] if why else [source(hit) for hit in hits[:1]]}
+    yield "done", {"answer": said, "refused": bool(gate), "gate": gate, "timings": ms, "cut": cut,
+                   "citations": [] if gate else [source(hit) for hit in cited(text, hits, question)],
+                   } | ({"draft": text, "messages": messages if hits else []} if debug else {})
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------
@@ -1093,7 +1153,7 @@ def create_app(store, llm, config, key=""):
             asking.add(ticket := object())
             try:
                 async for item in from_thread(pool, lambda stop: answer(
-                        snapshot, store.embedder, llm, config, question, top_k, debug, stop)):
+                        store, llm, question, top_k, snapshot, debug, stop)):
                     yield item
             finally:
                 asking.discard(ticket)
@@ -1196,7 +1256,7 @@ def main(argv=None):
     with contextlib.closing(open_store(config)) as store:
         if args.command == "ingest":
             return ingest(store, args.files)
-        for event, data in answer(store.snapshot, store.embedder, make_llm(config), config, args.question):
+        for event, data in answer(store, make_llm(config), args.question):
             if event == "token":
                 print(data["text"], end="", flush=True)
             else:
