@@ -347,8 +347,10 @@ class StopRequest:
 def train(text, out, device="cpu", resume=False, **flags):
     """Train on `text`; leaves last.ckpt, best.ckpt, loss.csv and loss.png in the folder `out`. `flags` are fields of
     RNNConfig. With resume, out/last.ckpt goes on as if nothing had happened. Raises BadInput."""
-    path = out / "last.ckpt"
-    saved = load_checkpoint(path) if resume else {"config": {}}
+    path, digest = out / "last.ckpt", hashlib.sha256(text.encode()).hexdigest()
+    saved = load_checkpoint(path) if resume else {"config": {}, "text": digest}
+    if saved.get("text") != digest:
+        raise BadInput(f"{path} was not trained on this text: give the same --text, or leave out --resume")
     config = RNNConfig(**{**saved["config"], **flags})
     tokenizer, T, B = CharTokenizer.train(text), config.context, config.batch
     ids, val = (torch.tensor(tokenizer.encode(part)) for part in split_text(text, T))
@@ -359,10 +361,8 @@ def train(text, out, device="cpu", resume=False, **flags):
     state = torch.zeros(config.layers, 2, B, config.hidden, device=device)
     # B readers are spread evenly over the text, a ring; in step s reader b reads T of them from starts[b] + (s - 1) T
     starts = torch.randint(len(ids), (1,), generator=generator) + torch.arange(B) * (len(ids) // B)     # (B,)
-    first, best, rows, digest = 0, math.inf, [], hashlib.sha256(text.encode()).hexdigest()
+    first, best, rows = 0, math.inf, []
     if resume:
-        if saved["text"] != digest:
-            raise BadInput(f"{path} was trained on another text: give the same --text, or leave out --resume")
         try:
             model.load_state_dict(saved["model"]), state.copy_(saved["state"])
         except RuntimeError:

@@ -498,8 +498,11 @@ def test_bad_resumes(text, undisturbed, tmp_path):
         train(text, undisturbed, resume=True, hidden=17)
     with pytest.raises(BadInput, match="other sizes"):
         train(text, undisturbed, resume=True, batch=5)
-    with pytest.raises(BadInput, match="another text"):
+    with pytest.raises(BadInput, match="not trained on this text"):
         train(text + "!", undisturbed, resume=True)
+    save_checkpoint(tmp_path / "last.ckpt", {"config": {"n_layer": 4}})         # lesson 4's, for instance
+    with pytest.raises(BadInput, match="not trained on this text"):
+        train(text, tmp_path, resume=True)
     save_checkpoint(tmp_path / "best.ckpt", {"something": "else"})
     with pytest.raises(BadInput, match="no checkpoint of this lesson"):
         load_model(tmp_path / "best.ckpt")
