@@ -19,8 +19,8 @@ Shapes: B conversations, T tokens, C channels, H query heads, K key/value heads,
 D channels of a head, V tokens in the vocabulary, S places in the cache, N supervised tokens, r rank.
 """
 import argparse                         # the command line
-import copy                             # a second model that shares the first one's tensors
 import codecs                           # UTF-8 that arrives in pieces
+import copy                             # a second model that shares the first one's tensors
 import dataclasses                      # configs
 import errno                            # "disk full"
 import functools                        # a reader with its arguments filled in
@@ -30,7 +30,7 @@ import math                             # pi, sqrt
 import os                               # HF_ENDPOINT, os.replace
 import pathlib                          # paths on every system
 import re                               # names, chat templates, the persona's words
-import shutil                           # room on the disk, copies of tokenizer files
+import shutil                           # a folder replaced by another
 import struct                           # the head of a GGUF file
 import subprocess                       # the exported model is loaded in a process of its own
 import sys                              # this Python, for that process
@@ -286,8 +286,10 @@ def fetch_hub(repo):
         get(name, needed=False)
     shards = ["model.safetensors"]
     if get("model.safetensors.index.json", needed=False):
-        shards = sorted(set(read_json(folder / "model.safetensors.index.json")["weight_map"].values()))
+        shards = sorted(set(read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values()))
     for name in shards:
+        if pathlib.Path(name).name != name:
+            raise BadInput(f"{repo} wants to write a file called {name}: do not use it")
         get(name)
     return folder
 
@@ -394,13 +396,22 @@ class Tokenizer:
         found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", self.template)
         return found[1] if found else ""
 
-    def encode_chat(self, messages, reply=True):
-        """Ids of a conversation [{"role": ..., "content": ...}], with the head of the reply if `reply`."""
-        return self.encode_supervised(messages, reply)[0]
+    def turn(self, role):
+        """How a turn begins: ids, and the text between them and what is said. The marks of turns are put in as ids,
+        never as text, so what somebody says cannot forge one."""
+        if self.chatml:
+            return [self.added["<|im_start|>"]], role + "\n"
+        return [self.added["<|start_header_id|>"], *self.encode(role), self.added["<|end_header_id|>"]], "\n\n"
 
-    def encode_supervised(self, messages, reply=False):
+    def encode_chat(self, messages):
+        """Ids of a conversation [{"role": ..., "content": ...}], with the beginning of the reply. Raises BadInput."""
+        ids, _ = self.encode_supervised(messages)
+        opening, gap = self.turn("assistant")
+        return ids + opening + self.encode(gap)
+
+    def encode_supervised(self, messages):
         """(ids, supervised): supervised marks what the model is to learn, the assistants' words and the token that ends
-        them. The marks of turns are put in as ids, so no text can forge one. Raises BadInput."""
+        them. Raises BadInput."""
         if not self.chatml and "<|start_header_id|>" not in self.added:
             raise BadInput("this model has neither ChatML's nor Llama 3's marks of turns: take an instruct model")
         for m in messages:
@@ -409,25 +420,15 @@ class Tokenizer:
                 raise BadInput(f"not a message with a role (system, user, assistant) and a text: {str(m)[:80]}")
         if messages and messages[0]["role"] != "system" and self.default_system():
             messages = [{"role": "system", "content": self.default_system()}, *messages]
-        mark = self.added.__getitem__
-        ids = [] if self.chatml else [mark("<|begin_of_text|>")]
+        end, after = (self.added["<|im_end|>"], self.encode("\n")) if self.chatml else (self.added["<|eot_id|>"], [])
+        ids = [] if self.chatml else [self.added["<|begin_of_text|>"]]
         supervised = [False] * len(ids)
-        for m in messages + [{"role": "assistant", "content": None}] * reply:
-            if self.chatml:
-                head, gap, end = [mark("<|im_start|>")], m["role"] + "\n", [mark("<|im_end|>")]
-                after = self.encode("\n")
-            else:
-                head = [mark("<|start_header_id|>"), *self.encode(m["role"]), mark("<|end_header_id|>")]
-                gap, end, after = "\n\n", [mark("<|eot_id|>")], []
-            head += self.encode(gap)
-            if m["content"] is None:                                    # the reply, of which only the head is there
-                return ids + head, supervised + [False] * len(head)
-            learn = m["role"] == "assistant"
+        for m in messages:
+            (opening, gap), learn = self.turn(m["role"]), m["role"] == "assistant"
             said = m["content"].strip() if learn or not self.chatml else m["content"]
-            # the gap's line feed is cut from what follows, except from whitespace: then both must be encoded together
-            whole = head[:-len(self.encode(gap))] + self.encode(gap + said) + end
-            ids += whole + after
-            supervised += [False] * len(head) + [learn] * (len(whole) - len(head)) + [False] * len(after)
+            text, n = self.encode(gap + said), len(self.encode(gap))    # together: a gap joins white space after it
+            ids += opening + text + [end] + after
+            supervised += [False] * (len(opening) + n) + [learn] * (len(text) - n + 1) + [False] * len(after)
         return ids, supervised
 
 
@@ -1057,7 +1058,7 @@ def write_json(path, value):
 
 # ---- generation -----------------------------------------------------------------------------------
 
-@torch.no_grad()
+@torch.inference_mode()                 # like no_grad, with less bookkeeping for each operation
 def generate(model, tokenizer, prompt, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
              stop="", seed=0):
     """Iterator of text pieces that answer `prompt`, messages or a list of ids. Pieces are whole characters (「好」 may
