@@ -494,7 +494,7 @@ def show_embedding(model, tokenizer, text, out):
     neighbours by cosine, and a picture of the two directions in which they differ most (PCA). Returns a check."""
     common = [c for c in tokenizer.vocabulary if text.count(c) > len(text) / 5000]      # rare ones have learned little
     ids, near, (figure, axes) = tokenizer.encode(common), [], new_figure(1, 2, (13, 6))
-    for ax, name, E in zip(axes, ("read (vowels bold, capitals grey)", "written: capitals, small letters, marks apart"),
+    for ax, name, E in zip(axes, ("read (vowels bold, capitals grey)", "written: capitals, small, marks apart"),
                            (model.embed.weight, model.head.weight)):
         E = E.detach().cpu()[ids]                                               # (V, D) or (V, H)
         E = F.normalize(E - E.mean(0), dim=1)
@@ -506,8 +506,9 @@ def show_embedding(model, tokenizer, text, out):
             ax.text(x, y, {" ": "space", "\n": "newline"}.get(c, c), ha="center", va="center", **style)
         ax.set(title=f"Characters as {name}", xlabel="first direction", ylabel="second direction")
     save_figure(out / "embedding.png", figure)
-    show("Nearest vectors", ("when read", "when written"),
-         [(repr(c), *(" ".join(repr(common[j])[1:-1] for j in n[common.index(c)]) for n in near)) for c in "aeotTA.,"],
+    show("Nearest vectors (_ is a space)", ("when read", "when written"),
+         [(c, *(" ".join({" ": "_", "\n": "\\n"}.get(common[j], common[j]) for j in n[common.index(c)]) for n in near))
+          for c in "aeotTA.,"],
          "nobody named vowels, capitals or marks, yet characters that may stand in each other's place\n"
          "are written by like vectors; those by which they are read show less order.")
     alike = sum(kind(c) == kind(common[n[0]]) for c, n in zip(common, near[1])) / len(common)
@@ -592,23 +593,27 @@ def gradients(out):
     """Why the LSTM remembers, what its gates do, why one clips: three experiments; returns checks for `report`."""
     H, generator, norms, right, ends = 48, torch.Generator().manual_seed(1), {}, {}, {}
     torch.manual_seed(0)
-    cells = {"RNN": RNNCell(9, H), "RNN, matrix x 4": RNNCell(9, H), "GRU": GRUCell(9, H), "LSTM": LSTMCell(9, H)}
+    cells = {"RNN": RNNCell(9, H), "RNN, matrix x 4": RNNCell(9, H), "GRU": GRUCell(9, H), "LSTM": LSTMCell(9, H),
+             "LSTM, forget bias 3": LSTMCell(9, H)}
     cells["RNN, matrix x 4"].w_h.data *= 4
+    cells["LSTM, forget bias 3"].bias.data[2 * H:3 * H] = 3
     x, y, age = copy_task(100, 256, generator)
     v = F.normalize(torch.randn(256, H, generator=generator), dim=1)            # (B, H) a direction of h_T per sequence
     for name, cell in cells.items():
         *states, last = unroll(cell, x)
         past = [state[-1] for state in reversed(states)]                        # h, or the LSTM's c, which carries
-        norms[name] = [g.norm(dim=1).mean().item() for g in torch.autograd.grad((last[0] * v).sum(), past)]
+        slopes = torch.autograd.grad((last[0] * v).sum(), past)                 # 100 x (B, H)
+        norms[name] = [g.double().norm(dim=1).mean().item() for g in slopes]    # float32 cannot square 1e-23
     distances = (1, 5, 10, 20, 50, 100)
     show("Gradient that arrives d steps back, before any training", [f"d = {d}" for d in distances],
          [(name, *(f"{norm[d - 1]:.0e}" for d in distances)) for name, norm in norms.items()],
-         "multiplied by one matrix each step it dies out or blows up; by a gate (0.73 at forget bias 1) it lives on.")
+         "by the same matrix at each step it dies out or blows up; by a gate, the wider open, the less it fades:\n"
+         "0.73 at forget bias 1, where training starts; 0.95 at bias 3, which training may choose.")
     save_csv(out / "gradients.csv", [{"steps back": d + 1, **{n: g[d] for n, g in norms.items()}} for d in range(100)])
     figure, ax = new_figure()
-    for (name, norm), style in zip(norms.items(), ("k:", "k-.", "k--", "k-")):
+    for (name, norm), style in zip(norms.items(), ("k:", "k-.", "k--", "k-", "0.6")):
         ax.plot(range(1, 101), norm, style, label=name)
-    ax.set(title="Back in time an RNN's gradient vanishes or explodes, an LSTM's lasts", yscale="log",
+    ax.set(title="An RNN's gradient vanishes or explodes; through open gates it lasts", yscale="log",
            xlabel="distance T - t in steps", ylabel="norm of d h(T) / d state(t)")
     ax.legend()
     save_figure(out / "gradients.png", figure)
@@ -660,8 +665,9 @@ def story(text, out, device):
     checks = [show_embedding(model, tokenizer, text, out),
               show_gates(model, tokenizer, text[-4000:].replace("\n", " ")), *gradients(out)]
     print(f"\nin {out}: loss.png and .csv, embedding.png, gradients.png and .csv, best.ckpt and last.ckpt")
-    return report([("spelling", share >= 0.9, f"{share:.1%} of {len(made)} generated words occur in the text"),
-                   ("loss", carried <= 1.65, f"{carried:.4f} nats per character, 1.65 allowed"),
+    return report([("spelling", share >= 0.92, f"{share:.1%} of {len(made)} generated words occur in the text; "
+                    "94 % to be expected, 92 % wanted"),
+                   ("loss", carried <= 1.54, f"{carried:.4f} nats per character; 1.51 to be expected, 1.54 allowed"),
                    ("memory", carried < windowed, f"the carried state saves {windowed - carried:.4f} nats"), *checks])
 
 
