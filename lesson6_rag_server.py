@@ -55,7 +55,7 @@ from starlette.routing import Route
 from torch.nn import functional as F    # linear, layer norm, GELU
 
 from lesson1_linreg import BadInput, Parser, cli, flag, given, replacing, report
-from lesson3_charrnn import OUT, fetch_wheel
+from lesson3_charrnn import OUT, fetch_wheel, load_plays
 from lesson4_gpt import ScaledDotProductAttention
 from lesson5_lora import generate, load_adapter, load_model
 
@@ -1289,6 +1289,73 @@ def serve(config):
     uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run([listening])
 
 
+# ---- story ----------------------------------------------------------------------------------------
+
+def show_graph(embedder):
+    """Interview question: what does an approximate index give away? Its recall against exact search, over verse."""
+    lines = [line for line in dict.fromkeys(load_plays().split("\n")) if len(line) > 30][:2000]
+    vectors, n = embedder.encode(lines).numpy(), 200                                            # (N,C)
+    segment = Segment("plays", "plays", [Chunk("plays", 1, 0, t, [], t, v, i) for i, (t, v) in
+                                         enumerate(zip(lines, vectors))], embedder.width)
+    exact, recall = Snapshot([segment]), {}
+    near = Snapshot([segment], Graph.build(exact))
+    truth = [exact.nearest(v, 10) for v in vectors[:n]]
+    print(f"\n{len(lines)} lines of Shakespeare, the 10 nearest of each of {n}\n{'ef':>6}{'recall@10':>12}{'ms/query':>10}")
+    for ef in (10, 50, 200):
+        near.graph.index.set_ef(ef)
+        clock = time.perf_counter()
+        found = [near.graph.index.knn_query(v, 10)[0][0] for v in vectors[:n]]
+        ms = (time.perf_counter() - clock) / n * 1000
+        recall[ef] = sum(len(set(a) & set(b)) for a, b in zip(found, truth)) / (10 * n)
+        print(f"{ef:6}{recall[ef]:12.3f}{ms:10.3f}")
+    print("Read: ef, how many candidates a search keeps, buys recall with time. Exact search has recall 1 and is fast "
+          "enough\nfor tens of thousands of chunks; the graph is for more.")
+    return recall[200]
+
+
+def show_overflow(store, llm, question="What does a return ticket cost for a car?"):
+    """Interview question: what if the passages do not fit the window? Returns whether instructions and question do."""
+    hits, kept = retrieve(store, question, 8).hits, []
+    print(f"\n{len(hits)} passages found\n{'window':>7}{'used':>6}{'cut':>5}{'dropped':>9}{'tokens':>8}")
+    for window in (2048, 600, 300, 200):
+        messages, used, report = build_prompt(question, hits, llm.count, window)
+        size = sum(llm.count(m["content"]) for m in messages)
+        kept.append(size <= window and messages[0]["content"] == INSTRUCTIONS["en"]
+                    and messages[1]["content"].endswith(question))
+        print(f"{window:7}{len(used):6}{report['cut']:5}{report['dropped']:9}{size:8}")
+    print("Read: the lowest-ranked passages go first, the last one is cut at the end of a sentence; the instructions and "
+          "\nthe question stay whole, and `done` tells the client what was left out.")
+    return all(kept)
+
+
+def story(config):
+    """Index the handbook, ask it, break it. Returns the exit status."""
+    config.data = config.data or str(OUT / "lesson6" / "story")
+    checks, firsts = [], {}
+    with contextlib.closing(open_store(config)) as store:
+        ingest(store, [ROOT / "lesson6_handbook.pdf"])
+        llm = make_llm(config)
+        for question, wanted, page in [("How many minutes does the crossing take?", "35", 1),
+                                       ("轮椅乘客应当在开船前多久到达码头？", "三十分钟", 4),
+                                       ("What is the boiling point of ethanol?", None, None),
+                                       ("红烧肉要炖多长时间？", None, None)]:
+            print(f"\n> {question}")
+            for event, data in answer(store, llm, question):
+                if event == "token":
+                    print(data["text"], end="", flush=True)
+            pages = [c["page"] for c in data["citations"]]
+            print(f"\n  = {data['answer']}  " + (f"refused by gate: {data['gate']}" if data["refused"] else f"page {pages}"))
+            print("  ms: " + "  ".join(f"{stage} {ms:.0f}" for stage, ms in data["timings"].items()))
+            firsts[bool(wanted)] = data["timings"]["first_token"]
+            good = data["refused"] if not wanted else wanted in data["answer"] and page in pages
+            checks.append((question, good, data["answer"]))
+        recall = show_graph(store.embedder)
+        fits = show_overflow(store, llm)
+    print(f"\nThe first token: {firsts[True]:.0f} ms with the model, {firsts[False]:.0f} ms when gate 1 refuses.")
+    return report(checks + [("graph", recall >= 0.99, f"recall@10 {recall:.3f} against exact search, wanted 0.99"),
+                            ("overflow", fits, "instructions and question whole in every window")])
+
+
 # ---- main -----------------------------------------------------------------------------------------
 
 def open_store(config):
@@ -1317,6 +1384,7 @@ def ingest(store, files):
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_config(Config)
     commands = parser.add_subparsers(dest="command", metavar="{serve,ingest,ask}")
     for name, text in (("serve", "answer over HTTP"), ("ingest", "index PDFs"), ("ask", "answer one question")):
         commands.add_parser(name, help=text).add_config(Config)
@@ -1324,6 +1392,8 @@ def main(argv=None):
     commands.choices["ask"].add_argument("question")
     args = parser.parse_args(argv)
     config = Config(**given(args, Config))
+    if not args.command:
+        return story(config)
     if args.command == "serve":
         return serve(config)
     with contextlib.closing(open_store(config)) as store:
