@@ -445,46 +445,44 @@ class LlamaConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int            # H
-    num_key_value_heads: int            # K
-    head_dim: int                       # D
     vocab_size: int                     # V
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict                  # of type llama3, or empty
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    attention_bias: bool                # of q, k and v
-    bos_token_id: int | None
-    eos_token_id: list
+    num_key_value_heads: int = 0        # K; H if it is not given
+    head_dim: int = 0                   # D; C / H if it is not given
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None    # of type llama3
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False        # of q, k and v; Qwen2 has them unsaid
+    bos_token_id: int | None = None
+    eos_token_id: list = ()
 
     @classmethod
     def read(cls, raw):
         """From config.json of transformers 4 or 5, which name the rotary settings differently. Raises BadInput."""
-        kind = raw.get("model_type")
+        kind, rope = raw.get("model_type"), raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if kind not in FAMILIES:
             raise BadInput(f"the model is of type {kind}; this lesson knows {', '.join(FAMILIES)}")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         scaling = rope.get("rope_type", rope.get("type", "default"))
         if scaling not in ("default", "llama3") or raw.get("use_sliding_window"):
             raise BadInput(f"positions stretched by {scaling}, or a sliding window: this lesson has neither")
-        eos = raw.get("eos_token_id")
-        heads = raw.get("num_attention_heads")
+        said = {f.name: raw[f.name] for f in dataclasses.fields(cls) if raw.get(f.name) is not None}
+        said |= {"rope_scaling": rope if scaling == "llama3" else None, "attention_bias": kind == "qwen2"
+                 or raw.get("attention_bias", False), "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 1e4))}
         try:
-            return cls(kind, raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"], heads,
-                       raw.get("num_key_value_heads") or heads, raw.get("head_dim") or raw["hidden_size"] // heads,
-                       raw["vocab_size"], raw.get("rms_norm_eps", 1e-6),
-                       rope.get("rope_theta", raw.get("rope_theta", 1e4)),
-                       rope if scaling == "llama3" else {}, raw.get("max_position_embeddings", 2048),
-                       raw.get("tie_word_embeddings", False), kind == "qwen2" or raw.get("attention_bias", False),
-                       raw.get("bos_token_id"), eos if isinstance(eos, list) else [eos] if eos is not None else [])
-        except (KeyError, TypeError) as e:
-            raise BadInput(f"config.json lacks {e}") from None
+            c = cls(**said)
+        except TypeError as e:
+            raise BadInput(f"config.json is not whole: {e}") from None
+        c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
+        c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
+        c.eos_token_id = [c.eos_token_id] if isinstance(c.eos_token_id, int) else list(c.eos_token_id)
+        return c
 
     def write(self, dtype):
         """config.json that transformers 4 and 5 both read."""
         scaling = self.rope_scaling or {"rope_type": "default"}
         return {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
-                **dataclasses.asdict(self), "rope_scaling": self.rope_scaling or None, "hidden_act": "silu",
+                **dataclasses.asdict(self), "hidden_act": "silu",
                 "rope_parameters": {**scaling, "rope_theta": self.rope_theta}, "torch_dtype": dtype}
 
 
