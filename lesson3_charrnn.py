@@ -270,7 +270,7 @@ def evaluate(model, ids, length):
     N, device, total, state = len(ids) - 1, model.head.weight.device, 0.0, None
     x = F.pad(ids[:-1], (0, -N % length)).view(-1, length)                      # (N,) -> (pieces, length)
     y = F.pad(ids[1:], (0, -N % length), value=-100).view(-1, length)           # -100: no target, the loss skips it
-    some = 2 ** 17 // len(x) + 1                            # so many steps at once that any split fits in memory
+    some = 2 ** 13 // len(x) + 1                            # steps at once: few, so that any split fits in memory
     for x, y in zip(x.split(some, 1), y.split(some, 1)):
         logits, state = model(x.to(device), state)
         total += F.cross_entropy(logits.flatten(0, 1), y.flatten().to(device), reduction="sum").item()
