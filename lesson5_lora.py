@@ -1200,16 +1200,16 @@ def train(model, tokenizer, conversations, config, out=None, resume=False):
         optimizer.load_state_dict(saved["optimizer"])
         rows, first = saved["rows"], saved["step"]
         set_random_states(saved["random"])
+    by_length = sorted(conversations, key=lambda pair: len(pair[0]))    # alike in length, so that little is padding
+    batches = [by_length[i:i + config.batch_size] for i in range(0, len(by_length), config.batch_size)]
     model.checkpointing = config.checkpointing
     model.train()
     progress, tokens = Progress(config.steps, first), 0
     with StopRequest() as stop:
         for step in range(first + 1, config.steps + 1):
-            batch = []                                                  # the next of one shuffled pass after another
-            for i in range((step - 1) * config.batch_size, step * config.batch_size):
-                lap, place = divmod(i, len(conversations))
-                order = torch.randperm(len(conversations), generator=torch.Generator().manual_seed(config.seed + lap))
-                batch.append(conversations[order[place]])
+            lap, place = divmod(step - 1, len(batches))                 # each pass takes them in another order
+            order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(config.seed + lap))
+            batch = batches[order[place]]
             fall = (config.steps + 1 - step) / max(1, config.steps - config.warmup)
             optimizer.param_groups[0]["lr"] = rate = config.lr * min(1.0, step / config.warmup, fall)
             loss, norm = train_step(model, optimizer, batch, config)
