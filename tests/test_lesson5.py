@@ -52,7 +52,7 @@ def tiny_spec(cut="smollm", **changes):
 
 
 V = len(tiny_spec()["model"]["vocab"]) + len(MARKS)
-TINY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             vocab_size=V, max_position_embeddings=256, eos_token_id=V - 1, bos_token_id=V - 3)
 
 
@@ -191,13 +191,14 @@ def test_only_a_and_b_train_and_a_fresh_adapter_changes_nothing():
     assert torch.equal(model(ids_of()), wanted)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 2 * 7 and all(re.search(r"lora_[AB]$", name) for name in trained)
-    sizes = {(64, 64): 2, (64, 32): 2, (64, 96): 2, (96, 64): 1}                # (in, out): how many in a block
+    sizes = {(64, 64): 2, (64, 32): 2, (64, 128): 2, (128, 64): 1}                # (in, out): how many in a block
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(2 * n * 4 * (i + o) for (i, o), n in sizes.items())
 
 
 # ---- NF4 against bitsandbytes ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+# where a row is neither odd nor whole blocks, bitsandbytes 0.50 on a CPU unpacks it wrongly, by more than the 4 bits lose
 @pytest.mark.parametrize("shape", [(576, 1536), (192, 576), (65, 63), (3, 7), (1, 1), (129,), (300, 333)])
 def test_nf4_equals_bitsandbytes_byte_for_byte(dtype, shape):
     F4 = peer("bitsandbytes").functional
@@ -207,7 +208,8 @@ def test_nf4_equals_bitsandbytes_byte_for_byte(dtype, shape):
         ours = quantize_nf4(w, double)
         packed, state = F4.quantize_4bit(w, quant_type="nf4", compress_statistics=double)
         assert ours.packed.shape == packed.shape and torch.equal(ours.packed, packed)
-        assert ours.absmax.dtype == state.absmax.dtype and torch.equal(ours.absmax, state.absmax.where(state.absmax > 1e-37, 0) if not double else state.absmax)
+        assert ours.absmax.dtype == state.absmax.dtype and \
+            torch.equal(ours.absmax, state.absmax if double else state.absmax.where(state.absmax > 1e-37, 0))   # its word for 0
         if double:
             assert torch.equal(ours.nested, state.state2.absmax) and torch.equal(ours.offset, state.offset)
         back = dequantize_nf4(ours)
@@ -440,11 +442,13 @@ def test_ids_of_other_families_tokenizers(corpus, cut, tmp_path):
     theirs.decoder, theirs.normalizer = t.decoders.ByteLevel(), t.normalizers.NFC() if cut == "qwen2" else None
     theirs.train_from_iterator(corpus, t.trainers.BpeTrainer(
         vocab_size=2000, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False, special_tokens=list(MARKS)))
+    if cut == "llama-bpe":                                      # a whole word that no merge leads to
+        spec = json.loads(theirs.to_str())
+        assert "Ġhello" not in spec["model"]["vocab"]
+        spec["model"]["vocab"]["Ġhello"] = len(spec["model"]["vocab"])
+        theirs = t.Tokenizer.from_str(json.dumps(spec))
     theirs.add_tokens(["<tool_call>"])                          # an added token that is not special
     spec = json.loads(theirs.to_str())
-    if cut == "llama-bpe":                                      # whole words that no merge leads to
-        spec["model"]["vocab"] |= {"Ġhello": 2001, "ĠzĠz": 2002, "def": 2003} if "def" not in spec["model"]["vocab"] else {"Ġhello": 2001}
-        theirs = t.Tokenizer.from_str(json.dumps(spec))
     if cut == "gpt2":                                           # the older form of merges
         spec["model"]["merges"] = [" ".join(m) for m in spec["model"]["merges"]]
     tokenizer = Tokenizer(spec, CHATML)
@@ -744,9 +748,10 @@ def test_resume_is_bitwise_equal_to_an_undisturbed_run(monkeypatch, tmp_path, ro
             raise KeyboardInterrupt                             # the power fails in step 6; the last checkpoint is of step 3
         return honest(*args)
     monkeypatch.setattr(lesson, "train_step", cut)
+    broken = fresh()
     torch.manual_seed(9)
     with pytest.raises(KeyboardInterrupt):
-        lesson.train(fresh(), tokenizer, rows, config, tmp_path / "cut")
+        lesson.train(broken, tokenizer, rows, config, tmp_path / "cut")
     monkeypatch.setattr(lesson, "train_step", honest)
     torch.manual_seed(77)                                       # another process has another state
     again = fresh()
@@ -1072,7 +1077,7 @@ def test_bad_folders(cli, tmp_path, folder):
     assert "cut off" in bad(cut)
     assert "model.safetensors" in bad(lambda path: (path / "model.safetensors").unlink())
     assert "gpt_neox" in bad(config(model_type="gpt_neox")) and "yarn" in bad(config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}))
-    assert "hidden_size" in bad(config(hidden_size=...)) and "shape" in bad(config(intermediate_size=128))
+    assert "hidden_size" in bad(config(hidden_size=...)) and "shape" in bad(config(intermediate_size=192))
     assert "no tensor" in bad(config(num_hidden_layers=3)) and "no place" in bad(config(num_hidden_layers=1))
     assert "gptq" in bad(config(quantization_config={"quant_method": "gptq"}))
     assert "fp4" in bad(config(quantization_config={"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}))
