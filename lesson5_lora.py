@@ -377,6 +377,7 @@ class Tokenizer:
         self.bpe = tiktoken.Encoding("lesson5", pat_str=pattern, mergeable_ranks=ranks,
                                      special_tokens={t: len(ranks) + i for i, t in enumerate(self.added)})
         self.bytes_of = bytes_of | {i: t.encode() for t, i in self.added.items()}
+        self.lacking, self.pattern = {b for b in range(256) if bytes([b]) not in id_of}, pattern
         self.chatml = "<|im_start|>" in self.added                      # else Llama 3's headers
         end = self.added.get("<|im_end|>" if self.chatml else "<|eot_id|>")
         self.eos = {i for i in (*eos, end) if i is not None}
@@ -384,7 +385,13 @@ class Tokenizer:
     def encode(self, text, special=False):
         """List of ids. Text that looks like a special token stays text, unless `special` asks for the token."""
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        ranks = self.bpe.encode(text, allowed_special="all") if special else self.bpe.encode_ordinary(text)
+        if self.lacking.intersection(text.encode("utf-8", "replace")) and not special:
+            import regex                # tiktoken needs it too. A byte without an id must go before its piece is merged
+            pieces = (bytes(b for b in piece.encode("utf-8", "replace") if b not in self.lacking)
+                      for piece in regex.findall(self.pattern, text))
+            ranks = [rank for piece in pieces if piece for rank in self.bpe._encode_single_piece(piece)]
+        else:
+            ranks = self.bpe.encode(text, allowed_special="all") if special else self.bpe.encode_ordinary(text)
         return [self.ids[rank] for rank in ranks if self.ids[rank] is not None]
 
     def decode(self, ids):
@@ -657,12 +664,12 @@ class NF4Weight:
 def quantize_nf4(weight, double_quant=True, levels=NF4):
     """bitsandbytes' 4-bit form, byte for byte (QLoRA, section 3). Any shape and float dtype -> NF4Weight."""
     x, absmax = scaled_blocks(weight.detach().flatten().float(), 64)
-    q = nearest(x.flatten()[:weight.numel()], levels).to(torch.uint8)           # (n,)
-    q = F.pad(q, (0, len(q) % 2))
+    q = nearest(x.flatten()[:weight.numel() + weight.numel() % 2], levels).to(torch.uint8)      # (n,), n even
     packed, nested, offset = (q[::2] << 4 | q[1::2])[:, None], None, None       # (n,) -> (n/2,1)
     if double_quant:
         offset = absmax.mean()
         x, nested = scaled_blocks(absmax - offset, 256)
+        x = x.where(nested[:, None] > 0, -1.0)                          # all scales alike: bitsandbytes writes code 0
         # on a CPU bitsandbytes looks the index up in a table of 65,536 places, so x is first rounded to one of them
         x = ((x.flatten()[:len(absmax)] + 1) * 0.5 * 65535 + 0.5).int()
         absmax = nearest(2 * x / 65535 - 1, DYNAMIC).to(torch.uint8)
@@ -846,7 +853,8 @@ def load_model(source=None, weights="full", device="cpu", dtype=None):
         return tensor.to(device)
 
     layers = {path: (parent, name) for path, parent, name, _ in linears(model)}
-    for path, module in list(model.named_modules()):
+    for path in [path for path, _ in model.named_modules()]:    # not modules: a list would keep them all
+        module = model.get_submodule(path)
         packed = f"{path}.weight.quant_state.bitsandbytes__nf4" in readers
         for name, empty in list(module.named_parameters(recurse=False)):
             if path == "lm_head" and config.tie_word_embeddings:
@@ -879,6 +887,8 @@ def linear(weight, bias=None):
 def read_nf4(read):
     """An NF4Weight from bitsandbytes' tensors, by their names after ".weight"."""
     state = json.loads(bytes(read(".quant_state.bitsandbytes__nf4").tolist()))
+    if state["blocksize"] != 64:
+        raise BadInput(f"4-bit weights in blocks of {state['blocksize']}; this lesson reads blocks of 64")
     double = "nested_offset" in state
     read(".quant_map"), double and read(".nested_quant_map")            # the two tables that we know by heart
     return NF4Weight(read(""), read(".absmax"), read(".nested_absmax") if double else None,
@@ -918,7 +928,8 @@ def inject_lora(model, target_modules, r=8, lora_alpha=16, dropout=0.0, rslora=F
             names = dict.fromkeys(name for _, _, name, _ in linears(model))
             raise BadInput(f"no layer is called {target!r}; there are {', '.join(names)}")
         for _, parent, name, layer in hits:
-            setattr(parent, name, LoRALinear(layer, r, lora_alpha, dropout, rslora))
+            if not isinstance(layer, LoRALinear):                       # a layer named twice gets one adapter
+                setattr(parent, name, LoRALinear(layer, r, lora_alpha, dropout, rslora))
     return model
 
 
@@ -1020,8 +1031,9 @@ def export_hf(model, tokenizer, folder, dtype=torch.bfloat16):
     """A folder that transformers, vLLM and llama.cpp's converter read; 4-bit layers stay 4-bit, in bitsandbytes' form.
     It is written under another name and renamed when whole: a full disk leaves nothing half-written. Or BadInput."""
     folder = pathlib.Path(folder)
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
-        raise BadInput(f"{folder} exists and is no model folder; give another name")
+    ours = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
+    if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= ours):
+        raise BadInput(f"{folder} exists and holds other files than an exported model; give another name")
     tmp, name = folder.with_name(f".{os.getpid()}.{folder.name}"), str(dtype).removeprefix("torch.")
     config, packed = model.config.write(name), [layer for *_, layer in linears(model) if isinstance(layer, NF4Linear)]
     if packed:
@@ -1109,7 +1121,7 @@ def read_conversations(path, tokenizer, max_tokens):
     """([(ids, supervised)] of a JSONL file, how many were left out as longer than max_tokens). Raises BadInput."""
     kept, long = [], 0
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")      # splitlines also cuts at U+2028
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"cannot read {path}: {e}") from None
     for number, line in enumerate(lines, 1):
