@@ -15,7 +15,6 @@ import os
 import pathlib
 import platform
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -79,7 +78,8 @@ def speed(args):
         rates(f"llama.cpp ({llama_cpp.__version__} of its Python)", theirs, ids, args.times)
     import transformers
     for dtype in (torch.float32, torch.bfloat16):
-        peer = transformers.AutoModelForCausalLM.from_pretrained(gguf_file().parent, gguf_file=gguf_file().name, dtype=dtype).eval()
+        peer = transformers.AutoModelForCausalLM.from_pretrained(gguf_file().parent, gguf_file=gguf_file().name, dtype=torch.float32)
+        peer = peer.to(dtype).eval()
 
         def generate(prompt, n):
             idx = torch.tensor([prompt])
@@ -93,7 +93,7 @@ def peak():
         status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
         return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1e6
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        return lesson.peak_memory()
 
 
 def qlora(args):

@@ -1,6 +1,5 @@
 """Lesson 5 as a specification: acceptance criteria, equality with independent implementations, invariants, the command
 line, bad input. No peer may reach for the network, and the lesson needs none of them."""
-import copy
 import http.server
 import json
 import math
@@ -8,7 +7,6 @@ import os
 import pathlib
 import random
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -1192,13 +1190,13 @@ def test_out_of_memory_names_the_ways_out(cli, folder, monkeypatch, tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_export_and_nothing_half_written(tmp_path, folder):
-    resource_limit = 50_000                                     # bytes that a file may have: the weights are larger
+    resource, limit = pytest.importorskip("resource"), 50_000   # bytes that a file may have: the weights are larger
     old = {p.name: p.read_bytes() for p in folder.iterdir()}
     (tmp_path / "new").mkdir()
     for to in (folder, tmp_path / "new" / "export"):
         done = subprocess.run([sys.executable, ROOT / "lesson5_lora.py", "quantize", "--model", folder, "--to", to, "--device", "cpu"], cwd=tmp_path,
                               capture_output=True, text=True, encoding="utf-8",
-                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (resource_limit, resource_limit)))
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
         assert done.returncode == 2 and "cannot write" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == old and not list((tmp_path / "new").iterdir())
     assert [p.name for p in folder.parent.iterdir() if p.name.startswith(".")] == []
