@@ -75,7 +75,7 @@ def same_run(a, b):
 
 def program(*arguments, **kwargs):
     return subprocess.run([sys.executable, "lesson3_charrnn.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          encoding="utf-8", timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+                          encoding="utf-8", timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
 
 
 def start(*arguments):
