@@ -410,13 +410,19 @@ class Chunk:
     tokens: np.ndarray | None = None    # until it is stored: (T,128) int8, one vector per token
 
 
+def cost(piece):
+    """Tokens of (start, end, ids); a word of 1,000 letters is one token too, [UNK], but must not be cheap."""
+    return max(len(piece[2]), (piece[1] - piece[0]) // 10)
+
+
 def split_long(text, start, end, tokenizer, budget):
     """(start, end, ids) of text[start:end], halved at a space as often as it takes for `budget` tokens."""
-    ids = tokenizer.encode(text[start:end])
-    if len(ids) <= budget and end - start <= 10 * budget:       # a word of 1,000 letters is one token too: [UNK]
-        return [(start, end, ids)]
+    piece = start, end, tokenizer.encode(text[start:end])
+    if cost(piece) <= budget:
+        return [piece]
     middle = (start + end) // 2
-    middle = max(text.rfind(" ", start + 1, middle), start) if " " in text[start + 1:middle] else middle
+    space = text.rfind(" ", start + 1, middle)
+    middle = space if space > 0 else middle
     return split_long(text, start, middle, tokenizer, budget) + split_long(text, middle, end, tokenizer, budget)
 
 
@@ -429,7 +435,7 @@ def make_chunks(doc, pages, embedder, config):
         first = 0
         while first < len(pieces):
             last, size = first, 0
-            while last < len(pieces) and (size := size + len(pieces[last][2])) <= budget:
+            while last < len(pieces) and (size := size + cost(pieces[last])) <= budget:
                 last += 1
             start, end = pieces[first][0], pieces[last - 1][1]
             key = hashlib.sha256(" ".join(text[start:end].lower().split()).encode()).hexdigest()[:32]
@@ -441,7 +447,7 @@ def make_chunks(doc, pages, embedder, config):
             if last == len(pieces):
                 break
             back, overlap = last, 0
-            while back > first + 1 and (overlap := overlap + len(pieces[back - 1][2])) <= config.overlap_tokens:
+            while back > first + 1 and (overlap := overlap + cost(pieces[back - 1])) <= config.overlap_tokens:
                 back -= 1
             first = back
     return chunks
@@ -745,7 +751,8 @@ class Snapshot:
         if graph:
             same = collections.defaultdict(list)                # where the same words stand
             for i, c in enumerate(self.chunks):
-                same[c.key].append(i)
+                if c.vector is not None:
+                    same[c.key].append(i)
             key_of = {c.id: c.key for c in self.chunks}
             self.found = {label: same.pop(key_of[label]) for label in graph.labels if label in key_of}
             self.rest = [i for places in same.values() for i in places]         # newer than the graph: compared one by one
@@ -789,7 +796,7 @@ class Hit:
     chunk: Chunk
     name: str
     score: float
-    quote: str                          # its best sentence
+    quote: str                          # its best sentence and the next
     legs: dict                          # rank in each leg of the search, counted from 1
 
 
@@ -857,7 +864,7 @@ class Question:
             self.weight = np.array(weight, np.float32) / (sum(weight) or 1)                     # (Q,)
 
     def evidence(self, chunk, tokens):
-        """How much speaks for the answer being in this chunk, 0..1, and its sentence that says most.
+        """How much speaks for the answer being in this chunk, 0..1, and the sentence that says most, with the next.
 
         Coverage: the share of the question's terms, weighted by how rare they are, that occur in the chunk, and in two
         neighbouring sentences. If the encoder reads both, also late interaction: each token of the question looks for
@@ -876,8 +883,8 @@ class Question:
             ends = np.cumsum([n for _, _, n in chunk.spans])
             alone = [c + float(self.weight @ match[:, e - n:e].max(1)) if n and e <= len(x) else c
                      for c, e, (_, _, n) in zip(alone, ends, chunk.spans)]
-        start, end, _ = chunk.spans[int(np.argmax(alone))]
-        return score, chunk.text[start:end]
+        said = int(np.argmax(alone))
+        return score, chunk.text[chunk.spans[said][0]:chunk.spans[min(said + 1, len(found) - 1)][1]]
 
 
 # ---- refusal --------------------------------------------------------------------------------------
@@ -969,6 +976,10 @@ class LocalLLM:
     def count(self, text):
         return len(self.tokenizer.encode(text))
 
+    def speaks(self, text):
+        """Whether it was trained on this language: SmolLM2 needs two tokens for a Chinese character, Qwen less than one."""
+        return self.count(text) <= len(text)
+
     def stream(self, messages, most, stop):
         """Pieces of the answer to messages, greedy, at most `most` tokens, until stop() is true. Raises BadInput."""
         with self.lock, contextlib.closing(generate(self.model, self.tokenizer, messages, most)) as pieces:
@@ -988,6 +999,9 @@ class RemoteLLM:
 
     def count(self, text):
         return len(text.encode()) // 3 + 1      # its tokenizer is not here; this is more than most need, in any language
+
+    def speaks(self, text):
+        return True
 
     def stream(self, messages, most, stop):
         """As LocalLLM. Raises LLMError."""
@@ -1037,7 +1051,7 @@ def answer(store, llm, question, top_k=None, snapshot=None, debug=False, stop=la
     """Yields (event, data): sources, token ..., done, as /ask sends them. Raises LLMError, BadInput."""
     began, config = time.perf_counter(), store.config
     found = retrieve(store, question, top_k or config.top_k, snapshot)
-    ms, text, gate, hits, cut, first = dict(found.ms), "", None, [], None, None
+    ms, text, gate, hits, cut, first, quoted = dict(found.ms), "", None, [], None, None, False
 
     def source(hit):
         return {"document": hit.chunk.doc, "name": hit.name, "page": hit.chunk.page, "score": round(hit.score, 4),
@@ -1048,21 +1062,23 @@ def answer(store, llm, question, top_k=None, snapshot=None, debug=False, stop=la
     if found.refused:
         gate = "retrieval"
     else:
-        clock = time.perf_counter()
+        clock, quoted = time.perf_counter(), not llm.speaks(question)
         messages, hits, cut = build_prompt(question, found.hits, llm.count, config.context - config.answer_tokens)
         ms["prompt"] = round((time.perf_counter() - clock) * 1000, 2)
-        for piece in llm.stream(messages, config.answer_tokens, stop):
+        if quoted:                      # a model without this language would make words up: the passage speaks for itself
+            hits = found.hits[:1]
+        for piece in [hits[0].quote] if quoted else llm.stream(messages, config.answer_tokens, stop):
             first = first or time.perf_counter()
             text += piece
             yield "token", {"text": piece}
-        gate = "model" if says_no(text) else None if supported(text, hits, question) else "support"
+        gate = None if quoted else "model" if says_no(text) else None if supported(text, hits, question) else "support"
     said = REFUSAL[language(question)] if gate else text.strip()
     if gate == "retrieval":
         first = time.perf_counter()
         yield "token", {"text": said}
     now = time.perf_counter()
     ms |= {"first_token": round(((first or now) - began) * 1000, 2), "total": round((now - began) * 1000, 2)}
-    yield "done", {"answer": said, "refused": bool(gate), "gate": gate, "timings": ms, "cut": cut,
+    yield "done", {"answer": said, "refused": bool(gate), "gate": gate, "quoted": quoted, "timings": ms, "cut": cut,
                    "citations": [] if gate else [source(hit) for hit in cited(text, hits, question)],
                    } | ({"draft": text, "messages": messages if hits else []} if debug else {})
 
@@ -1185,7 +1201,7 @@ def create_app(store, llm, config, key=""):
 
     async def upload(request):
         name = request.path_params.get("name") or request.query_params.get("filename", "")
-        name = clean(name.replace("\\", "/").rpartition("/")[2])[:200] or "document.pdf"     # shown, never a path
+        name = " ".join(clean(name.replace("\\", "/").rpartition("/")[2]).split())[:200] or "document.pdf"     # shown, never a path
         if request.headers.get("content-type", "").startswith("multipart/"):
             raise HTTPException(415, "send the PDF itself as the body: curl --data-binary @f.pdf", {"Connection": "close"})
         digest, path = hashlib.sha256(), store.upload_path()
@@ -1340,12 +1356,8 @@ def story(config):
                                        ("What is the boiling point of ethanol?", None, None),
                                        ("红烧肉要炖多长时间？", None, None)]:
             print(f"\n> {question}")
-            for event, data in answer(store, llm, question):
-                if event == "token":
-                    print(data["text"], end="", flush=True)
+            data = say(store, llm, question)
             pages = [c["page"] for c in data["citations"]]
-            print(f"\n  = {data['answer']}  " + (f"refused by gate: {data['gate']}" if data["refused"] else f"page {pages}"))
-            print("  ms: " + "  ".join(f"{stage} {ms:.0f}" for stage, ms in data["timings"].items()))
             firsts[bool(wanted)] = data["timings"]["first_token"]
             good = data["refused"] if not wanted else wanted in data["answer"] and page in pages
             checks.append((question, good, data["answer"]))
@@ -1360,6 +1372,23 @@ def story(config):
 
 def open_store(config):
     return Store(config.data or OUT / "lesson6", Embedder(config.embedder), config)
+
+
+def say(store, llm, question):
+    """Answer in the terminal, as it comes. Returns what `done` holds. Raises BadInput."""
+    try:
+        for event, data in answer(store, llm, question):
+            if event == "token":
+                print(data["text"], end="", flush=True)
+    except LLMError as e:
+        raise BadInput(str(e)) from None
+    print()
+    if data["refused"]:
+        print(f"  = {data['answer']} (refused: {data['gate']})")
+    for c in data["citations"]:
+        print(f"  = {c['name']}, page {c['page']}: {c['quote'][:200]}")
+    print("  ms: " + "  ".join(f"{stage} {ms:.0f}" for stage, ms in data["timings"].items()))
+    return data
 
 
 def ingest(store, files):
@@ -1399,11 +1428,7 @@ def main(argv=None):
     with contextlib.closing(open_store(config)) as store:
         if args.command == "ingest":
             return ingest(store, args.files)
-        for event, data in answer(store, make_llm(config), args.question):
-            if event == "token":
-                print(data["text"], end="", flush=True)
-            else:
-                print("\n" + json.dumps(data, ensure_ascii=False, indent=1))
+        say(store, make_llm(config), args.question)
     return 0
 
 
