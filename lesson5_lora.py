@@ -1035,7 +1035,7 @@ def tensors_to_write(model, dtype):
 def export_hf(model, tokenizer, folder, dtype=torch.bfloat16):
     """A folder that transformers, vLLM and llama.cpp's converter read; 4-bit layers stay 4-bit, in bitsandbytes' form.
     It is written under another name and renamed when whole: a full disk leaves nothing half-written. Or BadInput."""
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).resolve()
     ours = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
     if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= ours):
         raise BadInput(f"{folder} exists and holds other files than an exported model; give another name")
