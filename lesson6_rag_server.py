@@ -857,10 +857,12 @@ class Question:
         words = [(word, embedder.tokenizer.pieces(word)) for word in embedder.tokenizer.words(text)]
         ids = [i for _, pieces in words for i in pieces]
         if embedder.reads(ids) and snapshot.vectors is not None:
-            self.vector = embedder.encode([text], query=True)[0].numpy()                        # (C,)
-            x = F.normalize(embedder.encode_ids([ids])[0][1] @ embedder.projection, dim=1)      # (Q,128)
-            self.tokens = x.numpy()
-            weight = [sum(self.idf.get(t, 0) for t in terms(word)) for word, pieces in words for _ in pieces][:len(x)]
+            before = embedder.tokenizer.encode(embedder.instruction)
+            vector, x = embedder.encode_ids([before + ids])[0]
+            self.vector = vector.numpy()                                                        # (C,)
+            self.tokens = F.normalize(x[len(before):] @ embedder.projection, dim=1).numpy()     # (Q,128)
+            weight = [sum(self.idf.get(t, 0) for t in terms(word)) for word, pieces in words for _ in pieces]
+            weight = weight[:len(self.tokens)]
             self.weight = np.array(weight, np.float32) / (sum(weight) or 1)                     # (Q,)
 
     def evidence(self, chunk, tokens):
