@@ -26,7 +26,6 @@ import json                             # requests, answers, what the parser ret
 import math                             # logarithms of BM25
 import os                               # fsync, environment
 import pathlib                          # paths on every system
-import queue                            # from a thread to whoever reads
 import re                               # sentences, words
 import secrets                          # names of uploads that are not complete yet
 import shutil                           # copying files to ingest
@@ -241,7 +240,7 @@ class Embedder:
 
     @torch.inference_mode()
     def forward(self, batch):
-        """batch: lists of ids with [CLS] and [SEP] -> a list of (T,C). All texts lie end to end in one (sum of T, C), so
+        """batch: lists of ids with [CLS] and [SEP] -> a list of (T,C). All texts lie end to end in one (sum of T, C):
         there is no padding and no mask; only attention takes them one by one."""
         w, lengths, H = self.weights, [len(ids) for ids in batch], self.config["num_attention_heads"]
         eps = self.config["layer_norm_eps"]
@@ -261,7 +260,8 @@ class Embedder:
             for qkv in linear(x, layer + "attention.qkv").split(lengths):                       # (T,3C)
                 q, k, v = qkv.unflatten(1, (3, 1, H, -1)).permute(1, 2, 3, 0, 4)                # -> 3 x (1,H,T,D)
                 mixed.append(self.attend(q, k, v, 0.0)[0][0].transpose(0, 1).flatten(1))        # -> (T,C)
-            x = norm(x + linear(torch.cat(mixed), layer + "attention.output.dense"), layer + "attention.output.LayerNorm")
+            x = x + linear(torch.cat(mixed), layer + "attention.output.dense")
+            x = norm(x, layer + "attention.output.LayerNorm")
             inner = F.gelu(linear(x, layer + "intermediate.dense"))                             # (sum of T, 4C)
             x = norm(x + linear(inner, layer + "output.dense"), layer + "output.LayerNorm")
         return x.split(lengths)
@@ -459,11 +459,12 @@ SCHEMA = """
 create table if not exists meta (key text primary key, value text);
 create table if not exists documents (id text primary key, name text, bytes int, status text, reason text default '',
     pages int default 0, attempts int default 0, created real);
-create table if not exists chunks (id integer primary key autoincrement, doc text references documents on delete cascade,
-    page int, start int, text text, spans text, key text, vector blob, tokens blob);
+create table if not exists chunks (id integer primary key autoincrement,
+    doc text references documents on delete cascade, page int, start int, text text, spans text, key text,
+    vector blob, tokens blob);
 create index if not exists chunks_doc on chunks(doc);
 """
-ATTEMPTS = 3                            # times a document may be begun; a PDF that kills the server must not do so for ever
+ATTEMPTS = 3                            # times a document may be begun: one that kills the server must not for ever
 
 
 class Full(Exception):
@@ -483,8 +484,8 @@ def sync_folder(folder):
 class Store:
     """Documents, chunks and vectors in a folder, and the worker that indexes what was uploaded.
 
-    What add() has returned survives kill -9 and power cuts. Readers use `snapshot`, which never changes: a commit puts a
-    new one in its place. One process owns the folder. Raises BadInput."""
+    What add() has returned survives kill -9 and power cuts. Readers use `snapshot`, which never changes: a commit puts
+    a new one in its place. One process owns the folder. Raises BadInput."""
 
     def __init__(self, folder, embedder, config):
         self.folder, self.embedder, self.config = pathlib.Path(folder), embedder, config
@@ -496,8 +497,8 @@ class Store:
                 self.db.execute(f"pragma {pragma}")
             self.db.executescript(SCHEMA)
         except sqlite3.OperationalError as e:
-            raise BadInput(f"cannot open {self.folder / 'rag.db'}: {e}" + ("; another process uses this folder: ask that "
-                           "server, or choose another --data" if "locked" in str(e) else "")) from None
+            raise BadInput(f"cannot open {self.folder / 'rag.db'}: {e}" + ("; another process uses this folder: ask "
+                           "that server, or choose another --data" if "locked" in str(e) else "")) from None
         except (sqlite3.DatabaseError, OSError) as e:
             raise BadInput(f"cannot use {self.folder}: {e}; move it away or choose another --data") from None
         with self.transaction() as db:
@@ -549,7 +550,7 @@ class Store:
         return self.folder / "files" / f"upload-{secrets.token_hex(8)}"
 
     def add(self, upload, digest, name):
-        """Take the complete file `upload`, whose SHA-256 is `digest`, in. Returns its row once file and row are on disk.
+        """Take the complete file `upload`, whose SHA-256 is `digest`, in. Returns its row once both are on disk.
         The same bytes are the same document; one that failed is tried again. Raises Full, OSError, sqlite3.Error."""
         with self.lock:
             row = next(iter(self.documents(digest)), None)
@@ -582,7 +583,8 @@ class Store:
             self.wake.clear()
             try:
                 with self.transaction() as db:
-                    row = next(iter(self.query("select * from documents where status = 'queued' order by created, id")), None)
+                    waiting = self.query("select * from documents where status = 'queued' order by created, id")
+                    row = waiting[0] if waiting else None
                     if row:
                         db.execute("update documents set status = 'processing', attempts = attempts + 1 where id = ?",
                                    [row["id"]])
@@ -627,7 +629,7 @@ class Store:
                 self.snapshot = Snapshot(segments + [self.segment(row)], self.snapshot.graph)
 
     def tend_graph(self):
-        """Build the graph if there are enough chunks and a tenth of it, or all, is missing. Until then search is exact."""
+        """Build the graph if there are enough chunks and a tenth of it, or all, is missing; till then, exact search."""
         now = self.snapshot
         if len(now.chunks) > self.config.exact_below and not (now.graph and now.stale <= 0.1 * len(now.chunks)):
             graph = Graph.build(now)
@@ -755,7 +757,7 @@ class Snapshot:
                     same[c.key].append(i)
             key_of = {c.id: c.key for c in self.chunks}
             self.found = {label: same.pop(key_of[label]) for label in graph.labels if label in key_of}
-            self.rest = [i for places in same.values() for i in places]         # newer than the graph: compared one by one
+            self.rest = [i for places in same.values() for i in places]     # newer than the graph
             self.stale = len(self.rest) + len(graph.labels) - len(self.found)
 
     def nearest(self, vector, n):
@@ -778,7 +780,7 @@ class Snapshot:
         return {t: math.log(1 + (N - n + 0.5) / (n + 0.5)) for t, n in df.items()}
 
     def bm25(self, idf, k1=1.2, b=0.75):
-        """Scores (N,) for the terms of `idf`: rare terms count more, each repetition less, long chunks less. Robertson 1994."""
+        """Scores (N,) for the terms in idf: rare ones count more, repetitions and long chunks less. Robertson 1994."""
         scores, base = np.zeros(len(self.chunks), np.float32), 0
         mean = sum(s.lengths.sum() for s in self.segments) / max(len(self.chunks), 1)
         for s in self.segments:
@@ -892,7 +894,7 @@ class Question:
 # ---- refusal --------------------------------------------------------------------------------------
 
 REFUSAL = {"en": "Not mentioned in the documents.", "zh": "文档未提及。"}
-THRESHOLD = {"dense": 0.34, "lexical": 0.14}        # by tests/eval_lesson6.py, with MiniLM; --threshold for other encoders
+THRESHOLD = {"dense": 0.34, "lexical": 0.14}        # for MiniLM, by tests/eval_lesson6.py; else --threshold
 
 
 def language(question):
@@ -901,7 +903,8 @@ def language(question):
 
 def says_no(answer):
     """Whether a model's answer is a refusal in its own words."""
-    return bool(re.search(r"not (be )?(mentioned|specified|stated|provided|contain)|no information|未提及|没有提及|没有提到|未提到", answer[:120], re.I))
+    return bool(re.search(r"not (be )?(mentioned|specified|stated|provided|contain)|no information|[未没]有?提[及到]",
+                          answer[:120], re.I))
 
 
 def supported(answer, hits, question):
@@ -979,7 +982,7 @@ class LocalLLM:
         return len(self.tokenizer.encode(text))
 
     def speaks(self, text):
-        """Whether it was trained on this language: SmolLM2 needs two tokens for a Chinese character, Qwen less than one."""
+        """Whether it knows this language: SmolLM2 needs two tokens for a Chinese character, Qwen less than one."""
         return self.count(text) <= len(text)
 
     def stream(self, messages, most, stop):
@@ -997,10 +1000,10 @@ class RemoteLLM:
     def __init__(self, base, model, key=""):
         self.url, self.model, self.key = urllib.parse.urlsplit(base.rstrip("/") + "/chat/completions"), model, key
         if self.url.scheme not in ("http", "https") or not self.url.hostname or not model:
-            raise BadInput("LLM_BASE_URL must look like http://localhost:11434/v1, and LLM_MODEL must name a model there")
+            raise BadInput("LLM_BASE_URL must look like http://localhost:11434/v1, and LLM_MODEL name a model there")
 
     def count(self, text):
-        return len(text.encode()) // 3 + 1      # its tokenizer is not here; this is more than most need, in any language
+        return len(text.encode()) // 3 + 1      # its tokenizer is not here; most need fewer
 
     def speaks(self, text):
         return True
@@ -1067,7 +1070,7 @@ def answer(store, llm, question, top_k=None, snapshot=None, debug=False, stop=la
         clock, quoted = time.perf_counter(), not llm.speaks(question)
         messages, hits, cut = build_prompt(question, found.hits, llm.count, config.context - config.answer_tokens)
         ms["prompt"] = round((time.perf_counter() - clock) * 1000, 2)
-        if quoted:                      # a model without this language would make words up: the passage speaks for itself
+        if quoted:                      # a model without this language would make things up: quote instead
             hits = found.hits[:1]
         for piece in [hits[0].quote] if quoted else llm.stream(messages, config.answer_tokens, stop):
             first = first or time.perf_counter()
@@ -1203,9 +1206,10 @@ def create_app(store, llm, config, key=""):
 
     async def upload(request):
         name = request.path_params.get("name") or request.query_params.get("filename", "")
-        name = " ".join(clean(name.replace("\\", "/").rpartition("/")[2]).split())[:200] or "document.pdf"     # shown, never a path
+        name = " ".join(clean(name.replace("\\", "/").rpartition("/")[2]).split())[:200]
+        name = name or "document.pdf"   # shown, never a path
         if request.headers.get("content-type", "").startswith("multipart/"):
-            raise HTTPException(415, "send the PDF itself as the body: curl --data-binary @f.pdf", {"Connection": "close"})
+            raise HTTPException(415, "send the PDF itself, as curl --data-binary @f.pdf does", {"Connection": "close"})
         digest, path = hashlib.sha256(), store.upload_path()
         try:
             with open(path, "wb") as f:
@@ -1285,7 +1289,7 @@ def create_app(store, llm, config, key=""):
 
     return Starlette(
         routes=[Route("/documents", upload, methods=["POST", "PUT"]), Route("/documents", documents),
-                Route("/documents/{name}", upload, methods=["PUT"]),            # curl -T f.pdf localhost:8000/documents/
+                Route("/documents/{name}", upload, methods=["PUT"]),        # curl -T f.pdf localhost:8000/documents/
                 Route("/documents/{name}", document, methods=["GET", "DELETE"]),
                 Route("/ask", ask, methods=["POST"]), Route("/healthz", healthz)],
         middleware=[Middleware(Guard, key=key, names=LOOPBACK if config.host in LOOPBACK else set())],
@@ -1318,7 +1322,8 @@ def show_graph(embedder):
     exact, recall = Snapshot([segment]), {}
     near = Snapshot([segment], Graph.build(exact))
     truth = [exact.nearest(v, 10) for v in vectors[:n]]
-    print(f"\n{len(lines)} lines of Shakespeare, the 10 nearest of each of {n}\n{'ef':>6}{'recall@10':>12}{'ms/query':>10}")
+    print(f"\n{len(lines)} lines of Shakespeare, the 10 nearest of each of {n}")
+    print(f"{'ef':>6}{'recall@10':>12}{'ms/query':>10}")
     for ef in (10, 50, 200):
         near.graph.index.set_ef(ef)
         clock = time.perf_counter()
@@ -1341,8 +1346,8 @@ def show_overflow(store, llm, question="What does a return ticket cost for a car
         kept.append(size <= window and messages[0]["content"] == INSTRUCTIONS["en"]
                     and messages[1]["content"].endswith(question))
         print(f"{window:7}{len(used):6}{report['cut']:5}{report['dropped']:9}{size:8}")
-    print("Read: the lowest-ranked passages go first, the last one is cut at the end of a sentence; the instructions and "
-          "\nthe question stay whole, and `done` tells the client what was left out.")
+    print("Read: the lowest-ranked passages go first, the last one is cut at the end of a sentence; the instructions"
+          "\nand the question stay whole, and `done` tells the client what was left out.")
     return all(kept)
 
 

@@ -83,7 +83,7 @@ def embedder():
 
 @pytest.fixture
 def store(tmp_path, embedder):
-    store = rag.Store(tmp_path / "data", embedder, rag.Config(parse_seconds=10))
+    store = rag.Store(tmp_path / "data", embedder, rag.Config(parse_seconds=60))
     yield store
     if not store.stopping:
         store.close()
@@ -326,7 +326,7 @@ def test_graph_finds_what_exact_search_finds():
 
 
 def test_a_damaged_truncated_foreign_or_missing_graph_is_built_again(tmp_path, embedder, monkeypatch):
-    config, built, build = rag.Config(exact_below=1, parse_seconds=10), [], rag.Graph.build
+    config, built, build = rag.Config(exact_below=1), [], rag.Graph.build
     monkeypatch.setattr(rag.Graph, "build", lambda snapshot: (built.append(1), build(snapshot))[1])
 
     def reopened():
@@ -519,7 +519,7 @@ def rag_bytes(data=b""):
 
 
 def test_hostile_pdfs_are_ready_or_failed_with_a_reason_while_the_server_answers(tmp_path, embedder):
-    store = rag.Store(tmp_path, embedder, rag.Config(parse_seconds=3))
+    store = rag.Store(tmp_path, embedder, rag.Config(parse_seconds=10))
     with Server(store) as server:
         wanted, slowest = {}, 0.0
         for name, data, status in hostile():
