@@ -1,6 +1,6 @@
 """Lesson 5: a real language model, loaded, squeezed to 4 bits, taught to be a pirate, merged, exported, all by hand.
 
-    python lesson5_lora.py                                  the whole story, about four minutes on two CPU cores
+    python lesson5_lora.py                                  the whole story, about five minutes on two CPU cores
     python lesson5_lora.py train --data mine.jsonl          your own persona; every rate is a flag, --resume goes on
     python lesson5_lora.py chat --model out/pirate          talk to it in the terminal; --prompt "你好" answers once
     python lesson5_lora.py merge --adapter out/lesson5      base + adapter -> one folder (--to out/pirate)
@@ -1301,7 +1301,7 @@ def show_quantization(model, small, out):
         count = sum(layer.in_features * layer.out_features for *_, layer in linears(m))
         layers, table = sum(megabytes(layer) for *_, layer in linears(m)), m.embed_tokens.weight
         rows.append((name, *(f"{v:.3f}" for v in (8e6 * layers / count, layers, table.nbytes / 1e6, megabytes(m)))))
-    show("Size", ("bits/weight", "layers MB", "embedding MB", "all MB"), rows,
+    show("Size", ("bits/weight", "layers MB", "embed MB", "all MB"), rows,
          "0.127 bits a weight pay for all scales; the embedding, not quantized, is now as large as all the layers.")
     scaled = scaled_blocks(weights, 64)[0].flatten()
     share = {name: 100 * torch.bincount(nearest(scaled, levels), minlength=16) / len(scaled)
@@ -1367,7 +1367,7 @@ def show_ranks(small, tokenizer, conversations, steps, questions, ranks=(1, 2, 4
         _, voice, _ = persona(model, tokenizer, questions)
         rows.append((f"r = {r}", f"{sum(p.numel() for p in trainable(model)):,}", f"{sum(losses[-4:]) / 4:.3f}",
                      f"{evaluate(model, conversations[-12:]):.3f}", f"{voice}/{len(questions)}"))
-    show(f"Rank, after {steps} steps", ("parameters", "loss", "held-out loss", "in voice"), rows,
+    show(f"Rank, after {steps} steps", ("parameters", "loss", "held out", "in voice"), rows,
          "in as many steps a higher rank gets further, on what it saw and what it did not; the cost is in proportion.")
     return rows
 
