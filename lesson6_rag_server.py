@@ -605,28 +605,26 @@ class Store:
             pages, empty = parse(self.path(doc), self.config, lambda child: setattr(self, "child", child))
             chunks = make_chunks(doc, pages, self.embedder, self.config)
             embed(chunks, self.embedder, lambda: self.stopping)
-            with self.lock, self.transaction() as db:
-                note = f"no text on {len(empty)} of {len(pages)} pages: {str(empty[:20])[1:-1]}" if empty else ""
-                if db.execute("update documents set status = 'ready', pages = ?, reason = ? where id = ?",
-                              [len(pages), note, doc]).rowcount:        # 0: deleted in the meantime
-                    db.executemany("insert into chunks (doc, page, start, text, spans, key, vector, tokens) values "
-                                   "(?, ?, ?, ?, ?, ?, ?, ?)", [
-                        (doc, c.page, c.start, c.text, json.dumps(c.spans), c.key, c.vector, c.tokens) for c in chunks])
-        except InterruptedError:        # the server stops; this was no attempt
-            with self.transaction() as db:
+            with self.lock:             # who reads `ready` must find it too
+                with self.transaction() as db:
+                    note = f"no text on {len(empty)} of {len(pages)} pages: {str(empty[:20])[1:-1]}" if empty else ""
+                    if db.execute("update documents set status = 'ready', pages = ?, reason = ? where id = ?",
+                                  [len(pages), note, doc]).rowcount:        # 0: deleted in the meantime
+                        db.executemany("insert into chunks (doc, page, start, text, spans, key, vector, tokens) values "
+                                       "(?, ?, ?, ?, ?, ?, ?, ?)", [
+                            (doc, c.page, c.start, c.text, json.dumps(c.spans), c.key, c.vector, c.tokens) for c in chunks])
+                for row in self.documents(doc):
+                    segments = [s for s in self.snapshot.segments if s.doc != doc]
+                    self.snapshot = Snapshot(segments + [self.segment(row)], self.snapshot.graph)
+        except (InterruptedError, ParseError) as e:
+            if not self.stopping:
+                return self.fail(doc, str(e))
+            with self.transaction() as db:      # the server stops, and has killed the parser: this was no attempt
                 db.execute("update documents set status = 'queued', attempts = attempts - 1 where id = ?", [doc])
-            return
-        except ParseError as e:
-            return self.fail(doc, str(e))
         except Exception as e:          # not the PDF's fault as far as we know: again, ATTEMPTS times in all
             with self.transaction() as db:
                 db.execute("update documents set status = 'queued', reason = ? where id = ?",
                            [f"{type(e).__name__}: {e}", doc])
-            return
-        with self.lock:
-            for row in self.documents(doc):
-                segments = [s for s in self.snapshot.segments if s.doc != doc]
-                self.snapshot = Snapshot(segments + [self.segment(row)], self.snapshot.graph)
 
     def tend_graph(self):
         """Build the graph if there are enough chunks and a tenth of it, or all, is missing; till then, exact search."""

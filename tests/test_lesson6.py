@@ -419,6 +419,18 @@ def test_an_upload_that_was_never_acknowledged_leaves_nothing(tmp_path, embedder
     assert list((tmp_path / "files").iterdir()) == []
 
 
+def test_a_stop_while_parsing_is_no_failure(tmp_path, embedder):
+    slow = next(data for name, data, _ in hostile() if name == "a long computation")
+    store = rag.Store(tmp_path, embedder, rag.Config(parse_seconds=60))
+    add(store, slow, wait=False)
+    while store.documents()[0]["status"] == "queued" or not store.child:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    store.close()
+    with rag.contextlib.closing(rag.sqlite3.connect(tmp_path / "rag.db")) as db:
+        assert db.execute("select status, attempts from documents").fetchall() == [("queued", 0)]
+
+
 def test_one_process_owns_the_folder(store):
     run = program("ask", "x", "--data", str(store.folder))
     assert run.returncode == 2 and "another process uses this folder" in run.stderr and run.stderr.count("\n") == 1
