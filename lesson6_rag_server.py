@@ -1363,12 +1363,13 @@ def story(config):
             print(f"\n> {question}")
             data = say(store, llm, question)
             pages = [c["page"] for c in data["citations"]]
-            firsts[bool(wanted)] = data["timings"]["first_token"]
+            kind = "quoted" if data["quoted"] else "refused" if data["refused"] else "model"
+            firsts[kind] = max(firsts.get(kind, 0), data["timings"]["first_token"])
             good = data["refused"] if not wanted else wanted in data["answer"] and page in pages
             checks.append((question, good, data["answer"]))
         recall = show_graph(store.embedder)
         fits = show_overflow(store, llm)
-    print(f"\nThe first token: {firsts[True]:.0f} ms with the model, {firsts[False]:.0f} ms when gate 1 refuses.")
+    print("\nThe first token, at most: " + ", ".join(f"{kind} {ms:.0f} ms" for kind, ms in firsts.items()))
     return report(checks + [("graph", recall >= 0.99, f"recall@10 {recall:.3f} against exact search, wanted 0.99"),
                             ("overflow", fits, "instructions and question whole in every window")])
 
