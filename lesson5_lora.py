@@ -840,7 +840,8 @@ def load_model(source=None, weights="full", device="cpu", dtype=None):
     config, source = LlamaConfig.read(raw), source or "the model"
     tokenizer, stored = Tokenizer(spec, template, config.eos_token_id), raw.get("quantization_config")
     if stored and not (stored.get("quant_method") == "bitsandbytes" and stored.get("bnb_4bit_quant_type") == "nf4"):
-        raise BadInput(f"{source} is quantized by {stored.get('quant_method')}; only bitsandbytes' nf4 is read here")
+        raise BadInput(f"{source} is quantized by {stored.get('quant_method')} {stored.get('bnb_4bit_quant_type', '')}; "
+                       "only bitsandbytes' nf4 is read here")
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" or device.type == "cpu" and BF16 else torch.float32)
     with torch.device("meta"):                                          # shapes without memory

@@ -1083,7 +1083,7 @@ def test_bad_folders(cli, tmp_path, folder):
     llama2 = tiny_spec()["model"] | {"byte_fallback": True}
     assert "SentencePiece" in bad(tokenizer(model=llama2, pre_tokenizer=None)) and "Unigram" in bad(tokenizer(model={"type": "Unigram", "vocab": []}))
     assert "Lowercase" in bad(tokenizer(normalizer={"type": "Lowercase"}))
-    assert "template" in bad(tokenizer(added_tokens=[]))
+    assert "ChatML" in bad(tokenizer(added_tokens=[]))
 
 
 def test_bad_gguf_files(cli, tmp_path):
