@@ -1311,7 +1311,7 @@ def show_quantization(model, small, out):
                                   | {f"{name} %": f"{share[name][i]:.3f}" for name in kinds} for i in range(16)])
     figure, (left, right) = new_figure(1, 2, (12, 4))
     left.hist(scaled.numpy(), 100, color="0.8", density=True)
-    left.vlines(NF4, 0, 2, color="k", lw=0.8)
+    left.vlines(NF4, 0, left.get_ylim()[1], color="k", lw=0.8)
     left.set(title="NF4's levels are close where weights are", xlabel="weight / largest of its 64", ylabel="density")
     for (name, values), style in zip(share.items(), ("ko-", "k:", "k--")):
         right.plot(range(16), values, style, label=name)
