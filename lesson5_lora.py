@@ -840,8 +840,8 @@ def load_model(source=None, weights="full", device="cpu", dtype=None):
     config, source = LlamaConfig.read(raw), source or "the model"
     tokenizer, stored = Tokenizer(spec, template, config.eos_token_id), raw.get("quantization_config")
     if stored and not (stored.get("quant_method") == "bitsandbytes" and stored.get("bnb_4bit_quant_type") == "nf4"):
-        raise BadInput(f"{source} is quantized by {stored.get('quant_method')} {stored.get('bnb_4bit_quant_type', '')}; "
-                       "only bitsandbytes' nf4 is read here")
+        raise BadInput(f"{source} is quantized by {stored.get('quant_method')} {stored.get('bnb_4bit_quant_type', '')}"
+                       "; only bitsandbytes' nf4 is read here")
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" or device.type == "cpu" and BF16 else torch.float32)
     with torch.device("meta"):                                          # shapes without memory
@@ -1369,7 +1369,7 @@ def show_ranks(small, tokenizer, conversations, steps, questions, ranks=(1, 2, 4
         rows.append((f"r = {r}", f"{sum(p.numel() for p in trainable(model)):,}", f"{sum(losses[-4:]) / 4:.3f}",
                      f"{evaluate(model, conversations[-12:]):.3f}", f"{voice}/{len(questions)}"))
     show(f"Rank, after {steps} steps", ("parameters", "loss", "held out", "in voice"), rows,
-         "in as many steps a higher rank gets further, on what it saw and what it did not; the cost is in proportion.")
+         "in as many steps a higher rank gets further, on what it saw and what it did not, for as many more parameters.")
     return rows
 
 
@@ -1547,8 +1547,8 @@ def main():
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not re.search("allocate memory|out of memory", str(e)):
             raise
-        raise BadInput("out of memory: try --micro-batch 1 --checkpointing, a shorter --max-tokens, a smaller model") \
-            from None
+        raise BadInput("out of memory: try --micro-batch 1 --checkpointing, a shorter --max-tokens or a smaller "
+                       "model") from None
 
 
 if __name__ == "__main__":

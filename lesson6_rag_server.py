@@ -612,7 +612,8 @@ class Store:
                                   [len(pages), note, doc]).rowcount:        # 0: deleted in the meantime
                         db.executemany("insert into chunks (doc, page, start, text, spans, key, vector, tokens) values "
                                        "(?, ?, ?, ?, ?, ?, ?, ?)", [
-                            (doc, c.page, c.start, c.text, json.dumps(c.spans), c.key, c.vector, c.tokens) for c in chunks])
+                            (doc, c.page, c.start, c.text, json.dumps(c.spans), c.key, c.vector, c.tokens)
+                            for c in chunks])
                 for row in self.documents(doc):
                     segments = [s for s in self.snapshot.segments if s.doc != doc]
                     self.snapshot = Snapshot(segments + [self.segment(row)], self.snapshot.graph)
