@@ -509,7 +509,7 @@ def frequencies(config):
 
 class KVCache:
     """Keys and values of all layers for B sequences of equal length, S places each. `forward` asks it for positions,
-    gives it the new keys and values of each layer, gets all of them back, and tells it how far it went."""
+    has it attend in each layer, and tells it how far it went."""
 
     def __init__(self, model, B, S):
         c, like = model.config, model.embed_tokens.weight
@@ -520,11 +520,12 @@ class KVCache:
     def positions(self, T):
         return torch.arange(self.length, self.length + T)[None]         # (1,T)
 
-    def write(self, layer, k, v):
-        T = k.size(2)
-        for old, new in ((self.k[layer], k), (self.v[layer], v)):
-            old.narrow(2, self.length, T).copy_(new)                    # (B,K,T,D)
-        return (old.narrow(2, 0, self.length + T) for old in (self.k[layer], self.v[layer]))    # (B,K,S,D)
+    def attend(self, layer, q, k, v, mask):
+        """Keep the new k and v (B,K,T,D); attend with q (B,K,GT,D) to all that were kept."""
+        end, kept = self.length + k.size(2), (self.k[layer], self.v[layer])
+        for old, new in zip(kept, (k, v)):
+            old.narrow(2, self.length, k.size(2)).copy_(new)            # (B,K,T,D)
+        return F.scaled_dot_product_attention(q, *(old.narrow(2, 0, end) for old in kept), mask)    # (B,K,GT,D)
 
     def advance(self, T):
         self.length += T
@@ -555,11 +556,9 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :self.H]), self.k_norm(qk[:, self.H:])], 1)
         q, k = rotate(qk, *rotation).split((self.H, self.K), 1)         # (B,H,T,D), (B,K,T,D)
-        if cache is not None:
-            k, v = cache.write(layer, k, v)                             # (B,K,T,D) -> (B,K,S,D)
         shared = q.reshape(B, self.K, -1, self.D)                       # (B,H,T,D) -> (B,K,GT,D)
         # both are softmax(QK'/sqrt(D) + mask)V: lesson 4's is the faster to train, the fused one to generate, on a CPU
-        y = self.attend(shared, k, v, mask)[0] if cache is None else F.scaled_dot_product_attention(shared, k, v, mask)
+        y = self.attend(shared, k, v, mask)[0] if cache is None else cache.attend(layer, shared, k, v, mask)
         return self.o_proj(y.view(B, self.H, T, self.D).transpose(1, 2).reshape(B, T, -1))     # (B,K,GT,D) -> (B,T,HD)
 
 
@@ -1074,19 +1073,37 @@ def write_json(path, value):
 
 # ---- generation -----------------------------------------------------------------------------------
 
+class Pieces:
+    """Text from tokens, in pieces that can be shown: whole characters (「好」 may be three tokens), and never the
+    beginning of one of `stops`. `done` is True from where one was found."""
+
+    def __init__(self, tokenizer, *stops):
+        self.bytes_of, self.stops, self.held, self.done = tokenizer.bytes_of, [s for s in stops if s], "", False
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token):
+        """What can be shown now that `token` has come, "" if nothing; token None: the rest."""
+        self.held += self.decoder.decode(b"" if token is None else self.bytes_of.get(token, b""), token is None)
+        if found := [self.held.index(stop) for stop in self.stops if stop in self.held]:
+            self.done, self.held, token = True, self.held[:min(found)], None
+        keep = max((n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        ready = self.held if token is None else self.held[:len(self.held) - keep]
+        self.held = self.held[len(ready):]
+        return ready
+
+
 @torch.inference_mode()                 # like no_grad, with less bookkeeping for each operation
 def generate(model, tokenizer, prompt, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
              stop="", seed=0):
-    """Iterator of text pieces that answer `prompt`, messages or a list of ids. Pieces are whole characters (「好」 may
-    be three tokens) and never the beginning of `stop`. Ends at an end-of-turn token, before `stop`, after
-    max_new_tokens or when the context is full. repetition_penalty: Keskar et al. 2019. Raises BadInput."""
+    """Iterator of text pieces that answer `prompt`, messages or a list of ids. Ends at an end-of-turn token, before
+    `stop`, after max_new_tokens or when the context is full. repetition_penalty: Keskar et al. 2019. Raises BadInput."""
     ids = tokenizer.encode_chat(prompt) if prompt and isinstance(prompt[0], dict) else list(prompt)
     room = model.config.max_position_embeddings - len(ids)
     if not ids or room < 1:
         raise BadInput(f"the conversation has {len(ids)} tokens, the model takes 1 to {len(ids) + room - 1}")
     device, generator = model.embed_tokens.weight.device, torch.Generator().manual_seed(seed)
     cache = KVCache(model, 1, len(ids) + min(max_new_tokens, room))
-    decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    pieces = Pieces(tokenizer, stop)
     for part in torch.tensor([ids], device=device).split(512, 1):       # (1,T): prefill, in parts that bound the memory
         last = torch.arange(part.size(1), device=device)[None] == part.size(1) - 1
         logits = model(part, cache, last)                               # (1,V)
@@ -1099,18 +1116,14 @@ def generate(model, tokenizer, prompt, max_new_tokens=256, temperature=0.0, top_
         if token in tokenizer.eos:
             break
         ids.append(token)
-        held += decoder.decode(tokenizer.bytes_of.get(token, b""))
-        if stop and stop in held:
-            yield held[:held.index(stop)]
+        if piece := pieces.add(token):
+            yield piece
+        if pieces.done:
             return
-        keep = max((n for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        if ready := held[:len(held) - keep]:
-            yield ready
-        held = held[len(held) - keep:]
         if left:
             logits = model(torch.tensor([[token]], device=device), cache)[0]    # (1,1) -> (1,V)
-    if held := held + decoder.decode(b"", final=True):
-        yield held
+    if piece := pieces.add(None):
+        yield piece
 
 
 def answer(model, tokenizer, question, **how):
