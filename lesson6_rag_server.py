@@ -26,6 +26,7 @@ import json                             # requests, answers, what the parser ret
 import math                             # logarithms of BM25
 import os                               # fsync, environment
 import pathlib                          # paths on every system
+import queue                            # pieces of an answer, from the engine's thread to the client's
 import re                               # sentences, words
 import secrets                          # names of uploads that are not complete yet
 import shutil                           # copying files to ingest
@@ -33,7 +34,7 @@ import socket                           # bound before the models are loaded: a 
 import sqlite3                          # the truth: documents, chunks, vectors
 import subprocess                       # the parser is a process that can be killed
 import sys                              # this Python, for that process
-import threading                        # the ingest worker; one generation at a time
+import threading                        # the ingest worker, the engine
 import time                             # stages of an answer in milliseconds
 import traceback                        # what went wrong, for the server's log
 import unicodedata                      # what a character is
@@ -49,14 +50,15 @@ from starlette.applications import Starlette            # routes
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from torch.nn import functional as F    # linear, layer norm, GELU
 
 from lesson1_linreg import BadInput, Parser, cli, flag, given, replacing, report
-from lesson3_charrnn import OUT, fetch_wheel, load_plays
+from lesson2_mlp import pick_device
+from lesson3_charrnn import OUT, choose, fetch_wheel, load_plays
 from lesson4_gpt import ScaledDotProductAttention
-from lesson5_lora import generate, load_adapter, load_model
+from lesson5_lora import KVCache, Pieces, load_adapter, load_model, merge_lora
 
 ROOT = pathlib.Path(__file__).resolve().parent
 
@@ -80,6 +82,10 @@ class Config:
     parse_seconds: int = flag(120, "time to parse a PDF", 1, 3600)
     parse_mb: int = flag(1500, "memory to parse a PDF", 200, 100000)
     queue: int = flag(100, "documents that may wait to be indexed, and questions to be answered", 1, 10000)
+    slots: int = flag(8, "answers that are generated at the same time", 1, 64)
+    prefix_tokens: int = flag(8192, "tokens of prompts whose keys and values are kept for the next; 0: none", 0)
+    answer_seconds: int = flag(120, "time for an answer, with waiting", 1, 3600)
+    device: str = flag("auto", "where the language model runs: cuda, mps or cpu")
     host: str = flag("127.0.0.1", "address to listen on; any other but loopback needs RAG_API_KEY")
     port: int = flag(8000, "port to listen on", 0, 65535)
 
@@ -490,6 +496,7 @@ class Store:
     def __init__(self, folder, embedder, config):
         self.folder, self.embedder, self.config = pathlib.Path(folder), embedder, config
         self.lock, self.wake, self.stopping, self.child = threading.RLock(), threading.Event(), False, None
+        self.searching = threading.Lock()       # one search at a time: two would only take each other's cores
         try:
             (self.folder / "files").mkdir(parents=True, exist_ok=True)
             self.db = sqlite3.connect(self.folder / "rag.db", check_same_thread=False, isolation_level=None, timeout=1)
@@ -932,18 +939,25 @@ INSTRUCTIONS = {
     "zh": "根据下面的段落，用一句话简短地回答问题，尽量使用原文。只使用段落中的内容。如果段落中没有答案，就说：" + REFUSAL["zh"]}
 
 
-def build_prompt(question, hits, count, budget):
+def build_prompt(question, hits, count, budget, history=()):
     """Messages for the model within `budget` tokens as count(text) measures them: (messages, hits used, report).
 
     Instructions and question are never cut. Passages go in from the best; the first that does not fit is cut at the
     end of a sentence, the rest is dropped, and the report says so. In the prompt they stand in the order of the
-    document, so that the same passages make the same prefix, and the question comes last. Raises BadInput."""
+    document, so that the same passages make the same prefix, and the question comes last. Of `history`, the messages
+    before, the latest that fit into a quarter of the room stay. Raises BadInput."""
     lang = language(question)
     ask = ("问题：" if lang == "zh" else "Question: ") + question
     left = budget - count(INSTRUCTIONS[lang]) - count(ask) - 32                 # 32: what a chat template adds
     if left < 0:
         raise BadInput(f"the question and the instructions need {budget - left} tokens; there is room for {budget}")
-    used, report = [], {"dropped": 0, "cut": 0}
+    used, report, earlier, spare = [], {"dropped": 0, "cut": 0}, [], left // 4
+    for message in reversed(history):
+        spare -= count(message["content"]) + 8
+        if spare < 0:
+            break
+        earlier.insert(0, message)
+    left -= sum(count(m["content"]) + 8 for m in earlier)
     for hit in hits:
         text, room = hit.chunk.text, left - 8 * len(used) - 8                   # 8: number and page of each passage
         if report["cut"] or report["dropped"]:
@@ -958,7 +972,8 @@ def build_prompt(question, hits, count, budget):
             used.append((hit, text))
     used.sort(key=lambda pair: (pair[0].chunk.doc, pair[0].chunk.page, pair[0].chunk.start))
     passages = "\n\n".join(f"[{n}] {text}" for n, (_, text) in enumerate(used, 1))
-    return ([{"role": "system", "content": INSTRUCTIONS[lang]}, {"role": "user", "content": f"{passages}\n\n{ask}"}],
+    return ([{"role": "system", "content": INSTRUCTIONS[lang]}, *earlier,
+             {"role": "user", "content": f"{passages}\n\n{ask}"}],
             [hit for hit, _ in used], report)
 
 
@@ -968,29 +983,24 @@ class LLMError(Exception):
     """The language model did not answer; the message says why, without keys."""
 
 
-class LocalLLM:
-    """Lesson 5's model. One answer at a time."""
+def since(clock):
+    """Milliseconds since perf_counter() was `clock`."""
+    return round((time.perf_counter() - clock) * 1000, 2)
 
-    def __init__(self, folder=None, adapter=None):
-        self.model, self.tokenizer = load_model(folder or None)
-        if adapter:
-            load_adapter(self.model, adapter)
-        self.lock = threading.Lock()
 
-    def count(self, text):
-        return len(self.tokenizer.encode(text))
+class Busy(Exception):
+    """As many questions wait as may: try later."""
 
-    def speaks(self, text):
-        """Whether it knows this language: SmolLM2 needs two tokens for a Chinese character, Qwen less than one."""
-        return self.count(text) <= len(text)
 
-    def stream(self, messages, most, stop):
-        """Pieces of the answer to messages, greedy, at most `most` tokens, until stop() is true. Raises BadInput."""
-        with self.lock, contextlib.closing(generate(self.model, self.tokenizer, messages, most)) as pieces:
-            for piece in pieces:
-                yield piece
-                if stop():
-                    return
+class Reply:
+    """An answer as it comes: iterate over its pieces of text. Then `finish` says why it ended (stop or length), `ms`
+    how long its stages took, and `tokens` how many tokens of each kind it took, as far as that is known."""
+
+    def __init__(self, pieces=()):
+        self.pieces, self.finish, self.ms, self.tokens = pieces, "stop", {}, {}
+
+    def __iter__(self):
+        return iter(self.pieces)
 
 
 class RemoteLLM:
@@ -998,6 +1008,7 @@ class RemoteLLM:
 
     def __init__(self, base, model, key=""):
         self.url, self.model, self.key = urllib.parse.urlsplit(base.rstrip("/") + "/chat/completions"), model, key
+        self.closed = False
         if self.url.scheme not in ("http", "https") or not self.url.hostname or not model:
             raise BadInput("LLM_BASE_URL must look like http://localhost:11434/v1, and LLM_MODEL name a model there")
 
@@ -1007,11 +1018,16 @@ class RemoteLLM:
     def speaks(self, text):
         return True
 
-    def stream(self, messages, most, stop):
+    def stream(self, messages, most, gone=lambda: False, **sampling):
         """As LocalLLM. Raises LLMError."""
+        reply = Reply()
+        reply.pieces = self.read(reply, gone, {"messages": messages, "max_tokens": most, "temperature": 0} | sampling)
+        return reply
+
+    def read(self, reply, gone, body):
         kind = http.client.HTTPSConnection if self.url.scheme == "https" else http.client.HTTPConnection
         connection = kind(self.url.hostname, self.url.port, timeout=60)
-        body = {"model": self.model, "messages": messages, "max_tokens": most, "temperature": 0, "stream": True}
+        body |= {"model": self.model, "stream": True}
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -1021,7 +1037,7 @@ class RemoteLLM:
             if answer.status != 200:
                 raise LLMError(f"the language model's server answered {answer.status}")
             finished = False
-            while not stop() and (line := answer.readline(1 << 20)):
+            while not gone() and not self.closed and (line := answer.readline(1 << 20)):
                 data = line.decode("utf-8", "replace").strip().removeprefix("data:").strip()
                 if data == "[DONE]":
                     finished = True
@@ -1032,64 +1048,345 @@ class RemoteLLM:
                 if event.get("error"):
                     raise LLMError("the language model's server reported an error in mid-answer")
                 for choice in event.get("choices") or []:
+                    reply.finish = choice.get("finish_reason") or reply.finish
                     finished = finished or bool(choice.get("finish_reason"))
                     if piece := (choice.get("delta") or {}).get("content"):
                         yield piece
-            if not finished and not stop():
-                raise LLMError("the language model's server broke off in mid-answer")
+            if not finished and not gone():
+                raise LLMError("the server is shutting down" if self.closed else
+                               "the language model's server broke off in mid-answer")
         except (OSError, http.client.HTTPException, ValueError, AttributeError, TypeError) as e:
             raise LLMError(f"the language model's server cannot be used: {type(e).__name__}") from None
         finally:
             connection.close()
 
 
+    def close(self):
+        self.closed = True              # answers end with the next line that comes
+
+
+# ---- engine: many answers at once -----------------------------------------------------------------
+
+CHUNK = 64                              # tokens of a prompt that are computed in one step, and kept for the next prompt
+
+
+class Batch:
+    """What lesson 5's model takes for its cache when each row is another sequence with a KVCache of its own. The
+    products, in which most of the work is, take all rows at once and so read the weights once for all; then each row
+    attends to its own keys alone, without padding.
+
+    A matrix product may add in another order when it has more rows, and the last bit of a sum can turn the choice of a
+    token. So there are always `rows` of them, the missing ones zero: an answer is the same alone and in company."""
+
+    def __init__(self, caches, rows):
+        self.caches, self.rows = caches, rows
+
+    def positions(self, T):
+        return torch.tensor([[c.length] for c in self.caches] + [[0]] * (self.rows - len(self.caches)))     # (B,1)
+
+    def attend(self, layer, q, k, v, mask):
+        y = torch.zeros_like(q)                                         # (B,K,G,D)
+        for b, cache in enumerate(self.caches):
+            y[b] = cache.attend(layer, q[b:b + 1], k[b:b + 1], v[b:b + 1], None)[0]
+        return y
+
+    def advance(self, T):
+        for cache in self.caches:
+            cache.advance(T)
+
+
+class Prefixes:
+    """Keys and values of what prompts begin with: instructions, and passages that were asked about before. By CHUNKs,
+    each known by the hash of all tokens up to its end, for that is what they depend on. Room for `tokens`; what was
+    used longest ago goes first. (vLLM calls it automatic prefix caching.)"""
+
+    def __init__(self, tokens):
+        self.room, self.blocks = tokens // CHUNK, collections.OrderedDict()
+
+    def keys(self, ids):
+        """[(start, hash)] of the whole chunks of ids."""
+        digest, found = hashlib.sha256(), []
+        for start in range(0, len(ids) - CHUNK + 1, CHUNK):
+            digest.update(np.array(ids[start:start + CHUNK], np.int32).tobytes())
+            found.append((start, digest.digest()))
+        return found
+
+    def load(self, ids, cache):
+        """Put the longest beginning of ids that is known into the empty cache; never all, the last token must run."""
+        for start, key in self.keys(ids[:-1]):
+            if key not in self.blocks:
+                break
+            self.blocks.move_to_end(key)
+            for kept, block in zip((cache.k, cache.v), self.blocks[key]):
+                for layer, x in zip(kept, block):
+                    layer[0, :, start:start + CHUNK] = x                # (K,CHUNK,D)
+            cache.advance(CHUNK)
+
+    def save(self, ids, cache):
+        for start, key in self.keys(ids) if self.room else []:
+            if key not in self.blocks:
+                self.blocks[key] = [torch.stack([layer[0, :, start:start + CHUNK] for layer in kept])
+                                    for kept in (cache.k, cache.v)]     # (layers,K,CHUNK,D) each
+        while len(self.blocks) > self.room:
+            self.blocks.popitem(last=False)
+
+
+class Sequence(Reply):
+    """A prompt and the answer that grows behind it. Its cache holds the first cache.length of `ids`."""
+
+    def __init__(self, ids, end, gone, deadline, pieces, temperature, top_p, seed):
+        super().__init__()
+        self.ids, self.prompt, self.end, self.text, self.cache = ids, len(ids), end, pieces, None
+        self.gone, self.deadline, self.began, self.out = gone, deadline, time.perf_counter(), queue.SimpleQueue()
+        self.how = temperature, 0, top_p, torch.Generator().manual_seed(seed)
+
+    def __iter__(self):
+        while (item := self.out.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            if item:
+                yield item
+
+
+class LocalLLM:
+    """Lesson 5's model, many answers at once: continuous batching (Yu et al. 2022). A thread of its own repeats step();
+    sequences join and leave between two steps. It never waits for a reader: what nobody has read yet lies in the
+    reply's queue, which an answer's length bounds."""
+
+    def __init__(self, folder=None, adapter=None, config=None):
+        self.config = config or Config()
+        self.model, self.tokenizer = load_model(folder or None, device=pick_device(self.config.device))
+        if adapter:
+            load_adapter(self.model, adapter)
+            self.model = merge_lora(self.model, self.model.embed_tokens.weight.dtype)
+        self.device = self.model.embed_tokens.weight.device
+        self.context = min(self.config.context, self.model.config.max_position_embeddings)
+        self.prefixes, self.free = Prefixes(self.config.prefix_tokens), list(range(self.config.slots))
+        self.slots = [KVCache(self.model, 1, self.context) for _ in self.free]
+        self.waiting, self.running, self.closed = collections.deque(), [], False
+        self.changed = threading.Condition()
+        self.worker = threading.Thread(target=self.work, daemon=True)
+        self.worker.start()
+
+    def count(self, text):
+        return len(self.tokenizer.encode(text))
+
+    def speaks(self, text):
+        """Whether it knows this language: SmolLM2 needs two tokens for a Chinese character, Qwen less than one."""
+        return self.count(text) <= len(text)
+
+    def stream(self, messages, most, gone=lambda: False, temperature=0.0, top_p=1.0, stop=(), seed=0):
+        """The Reply to messages, of at most `most` tokens; it ends early once gone() is true. Raises Busy, BadInput,
+        and LLMError while it is read."""
+        ids = self.tokenizer.encode_chat(messages)
+        if len(ids) >= self.context:
+            raise BadInput(f"the prompt has {len(ids)} tokens, of {self.context} that prompt and answer may have")
+        s = Sequence(ids, min(len(ids) + most, self.context), gone, time.monotonic() + self.config.answer_seconds,
+                     Pieces(self.tokenizer, *([stop] if isinstance(stop, str) else stop)), temperature, top_p, seed)
+        with self.changed:
+            if len(self.waiting) >= self.config.queue:
+                raise Busy(f"{self.config.queue} questions wait already; try again later")
+            if self.closed:
+                raise LLMError("the server is shutting down")
+            self.waiting.append(s)
+            self.changed.notify()
+        return s
+
+    def work(self):
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.running or self.closed)
+                if self.closed:
+                    for s in [*self.waiting, *self.running]:
+                        self.leave(s, LLMError("the server is shutting down"))
+                    return
+            try:
+                self.step()
+            except Exception as e:      # out of memory, say: these answers fail, the server does not
+                traceback.print_exc()
+                for s in [*self.running]:
+                    self.leave(s, LLMError(f"the language model failed: {type(e).__name__}"))
+
+    def close(self):
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+        self.worker.join()
+
+    @torch.inference_mode()
+    def step(self):
+        """Let go of those that end, let in those that wait, compute CHUNK tokens of one prompt and one token for each
+        answer. So a long prompt delays the others' next token by one chunk, never by all of it."""
+        with self.changed:
+            for s in [*self.waiting, *self.running]:
+                if s.gone() or time.monotonic() > s.deadline:
+                    self.leave(s, None if s.gone() else LLMError(f"no answer within {self.config.answer_seconds} s"))
+            while self.waiting and self.free:
+                s = self.waiting.popleft()
+                s.slot = self.free.pop()
+                s.cache, s.cache.length = self.slots[s.slot], 0
+                self.prefixes.load(s.ids, s.cache)
+                s.tokens = {"prompt": s.prompt, "cached": s.cache.length, "answer": 0}
+                s.ms["engine_queue"], s.began = since(s.began), time.perf_counter()
+                self.running.append(s)
+        if s := next((s for s in self.running if len(s.ids) - s.cache.length > 1), None):
+            start, end = s.cache.length, min(s.cache.length + CHUNK, len(s.ids))
+            part = torch.tensor([s.ids[start:end]], device=self.device)                     # (1,T)
+            wanted = torch.arange(start, end, device=self.device)[None] == len(s.ids) - 1   # (1,T)
+            logits = self.model(part, s.cache, wanted)                                      # (1 or 0,V)
+            if len(logits):
+                self.grow(s, logits)
+        if ready := [s for s in self.running if len(s.ids) - s.cache.length == 1]:
+            last = [[s.ids[-1]] for s in ready] + [[0]] * (len(self.slots) - len(ready))
+            batch = Batch([s.cache for s in ready], len(self.slots))
+            for s, logits in zip(ready, self.model(torch.tensor(last, device=self.device), batch)):     # (B,1,V)
+                self.grow(s, logits)
+
+    def grow(self, s, logits):
+        """One more token for s, from its logits (1,V)."""
+        if not s.tokens["answer"]:
+            s.ms["prefill"] = since(s.began)
+            self.prefixes.save(s.ids, s.cache)
+        token = choose(logits, *s.how).item()
+        over = token in self.tokenizer.eos
+        if not over:
+            s.ids.append(token)
+            s.tokens["answer"] += 1
+            s.out.put(s.text.add(token))
+            s.finish = "length" if len(s.ids) == s.end and not s.text.done else "stop"
+        if over or s.text.done or len(s.ids) == s.end:
+            s.out.put(s.text.add(None))
+            self.leave(s)
+
+    def leave(self, s, last=None):
+        """End s with an error, if given, and free its slot."""
+        with self.changed:
+            if s in self.waiting:
+                self.waiting.remove(s)
+            if s in self.running:
+                self.running.remove(s)
+                self.free.append(s.slot)
+        s.out.put(last)
+
+
 def make_llm(config):
     if base := os.environ.get("LLM_BASE_URL"):
         return RemoteLLM(base, os.environ.get("LLM_MODEL", ""), os.environ.get("LLM_API_KEY", ""))
-    return LocalLLM(config.model, config.adapter)
+    return LocalLLM(config.model, config.adapter, config)
 
 
 # ---- answer: the whole way of a question ----------------------------------------------------------
 
-def answer(store, llm, question, top_k=None, snapshot=None, debug=False, stop=lambda: False):
-    """Yields (event, data): sources, token ..., done, as /ask sends them. Raises LLMError, BadInput."""
-    began, config = time.perf_counter(), store.config
-    found = retrieve(store, question, top_k or config.top_k, snapshot)
-    ms, text, gate, hits, cut, first, quoted = dict(found.ms), "", None, [], None, None, False
+def answer(store, llm, question, top_k=None, snapshot=None, debug=False, gone=lambda: False, history=(), began=None,
+           most=None, **sampling):
+    """Yields (event, data): sources, token ..., done, as /ask sends them. began: when the request came. Raises Busy,
+    LLMError, BadInput.
+
+    timings, in milliseconds: queue, embed, search, rerank, prompt, engine_queue, prefill, each alone; first_token and
+    total from the beginning. So first_token, the TTFT, is their sum and what the first decoded piece took."""
+    began, config = began or time.perf_counter(), store.config
+    with store.searching:
+        ms = {"queue": since(began)}
+        found = retrieve(store, question, top_k or config.top_k, snapshot)
+    ms |= found.ms
+    text, gate, hits, cut, quoted, reply = "", None, [], None, False, Reply()
 
     def source(hit):
         return {"document": hit.chunk.doc, "name": hit.name, "page": hit.chunk.page, "score": round(hit.score, 4),
                 "quote": hit.quote} | ({"text": hit.chunk.text, "ranks": hit.legs} if debug else {})
 
     yield "sources", {"sources": [source(hit) for hit in found.hits], "score": round(found.score, 4),
-                      "dense": found.dense}
+                      "dense": found.dense, "timings": dict(ms)}
     if found.refused:
         gate = "retrieval"
     else:
-        clock, quoted = time.perf_counter(), not llm.speaks(question)
-        messages, hits, cut = build_prompt(question, found.hits, llm.count, config.context - config.answer_tokens)
-        ms["prompt"] = round((time.perf_counter() - clock) * 1000, 2)
+        clock, quoted, most = time.perf_counter(), not llm.speaks(question), most or config.answer_tokens
+        room = min(config.context, getattr(llm, "context", config.context)) - most
+        messages, hits, cut = build_prompt(question, found.hits, llm.count, room, history)
+        ms["prompt"] = since(clock)
         if quoted:                      # a model without this language would make things up: quote instead
-            hits = found.hits[:1]
-        for piece in [hits[0].quote] if quoted else llm.stream(messages, config.answer_tokens, stop):
-            first = first or time.perf_counter()
+            hits, reply = found.hits[:1], Reply([found.hits[0].quote])
+        else:
+            reply = llm.stream(messages, most, gone, **sampling)
+        for piece in reply:
+            if "first_token" not in ms:
+                ms |= reply.ms | {"first_token": since(began)}
             text += piece
             yield "token", {"text": piece}
         gate = None if quoted else "model" if says_no(text) else None if supported(text, hits, question) else "support"
     said = REFUSAL[language(question)] if gate else text.strip()
     if gate == "retrieval":
-        first = time.perf_counter()
         yield "token", {"text": said}
-    now = time.perf_counter()
-    ms |= {"first_token": round(((first or now) - began) * 1000, 2), "total": round((now - began) * 1000, 2)}
-    yield "done", {"answer": said, "refused": bool(gate), "gate": gate, "quoted": quoted, "timings": ms, "cut": cut,
+    ms |= {"first_token": ms.get("first_token", since(began)), "total": since(began)}
+    yield "done", {"answer": said, "refused": bool(gate), "gate": gate, "quoted": quoted, "finish": reply.finish,
+                   "timings": ms, "tokens": reply.tokens, "cut": cut,
                    "citations": [] if gate else [source(hit) for hit in cited(text, hits, question)],
                    } | ({"draft": text, "messages": messages if hits else []} if debug else {})
+
+
+# ---- metrics --------------------------------------------------------------------------------------
+
+METRICS = {
+    "rag_ttft_seconds": ("histogram", "from a question's arrival to the first text of its answer, or to its refusal"),
+    "rag_answer_seconds": ("histogram", "from a question's arrival to the end of its answer"),
+    "rag_inter_token_seconds": ("histogram", "mean time between two tokens of an answer"),
+    "rag_questions_total": ("counter", "questions by how they ended: answered, quoted, refused, failed, left, busy"),
+    "rag_prompt_tokens_total": ("counter", "tokens of prompts, cached or computed"),
+    "rag_prefix_tokens_total": ("counter", "tokens of prompts found in the prefix cache"),
+    "rag_answer_tokens_total": ("counter", "tokens generated; their rate() is the throughput in tokens per second"),
+    "rag_running": ("gauge", "sequences in the engine's slots"),
+    "rag_waiting": ("gauge", "sequences that wait for a slot"),
+    "rag_asking": ("gauge", "questions between arrival and answer"),
+    "rag_documents": ("gauge", "documents by status"),
+    "rag_chunks": ("gauge", "chunks that can be found")}
+BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """What METRICS names, in Prometheus' text format."""
+
+    def __init__(self):
+        self.values, self.lock = collections.Counter(), threading.Lock()
+
+    def add(self, name, by=1, label=""):
+        with self.lock:
+            self.values[name, label] += by
+
+    def observe(self, name, seconds):
+        for bucket in (*BUCKETS, "+Inf"):
+            if bucket == "+Inf" or seconds <= bucket:
+                self.add(name + "_bucket", label=f'{{le="{bucket}"}}')
+        self.add(name + "_sum", seconds)
+        self.add(name + "_count")
+
+    def answered(self, data):
+        """Count what a `done` event says."""
+        ms, tokens = data["timings"], data["tokens"]
+        outcome = "refused" if data["refused"] else "quoted" if data["quoted"] else "answered"
+        self.add("rag_questions_total", label=f'{{outcome="{outcome}"}}')
+        self.observe("rag_ttft_seconds", ms["first_token"] / 1000)
+        self.observe("rag_answer_seconds", ms["total"] / 1000)
+        for kind, name in (("prompt", "prompt"), ("cached", "prefix"), ("answer", "answer")):
+            self.add(f"rag_{name}_tokens_total", tokens.get(kind, 0))
+        if tokens.get("answer", 0) > 1:
+            self.observe("rag_inter_token_seconds", (ms["total"] - ms["first_token"]) / 1000 / (tokens["answer"] - 1))
+
+    def text(self, gauges):
+        """gauges: {(name, label): value}, as they are now."""
+        with self.lock:
+            values = {**self.values, **gauges}
+        lines = []
+        for name, (kind, what) in METRICS.items():
+            lines += [f"# HELP {name} {what}", f"# TYPE {name} {kind}"]
+            lines += [f"{key}{label} {value:.10g}" for (key, label), value in values.items() if key.removesuffix(
+                "_bucket").removesuffix("_sum").removesuffix("_count") == name]
+        return "\n".join(lines) + "\n"
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+GRACE = 5                               # seconds that a server which stops leaves to its answers
 BODY_SECONDS = 60                       # time for a request to arrive; a slow one would hold a connection for ever
 
 
@@ -1098,17 +1395,39 @@ def sse(event, data):
     return f"event: {event}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
+def error(path, status, text, headers=None):
+    """The response that says what went wrong, under /v1 in OpenAI's form."""
+    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+        status, "invalid_request_error" if status < 500 else "server_error")
+    body = {"message": text, "type": kind, "param": None, "code": None} if path.startswith("/v1/") else text
+    return JSONResponse({"error": body}, status, headers)
+
+
 class Guard:
-    """Who may come in. A page that a user visits can make the browser send requests to this machine: its own name for
-    us in Host (DNS rebinding) or its own address in Origin give it away. With a key, the key is asked for as well."""
+    """Who may come in, and a line in the log for everyone who came: JSON, without keys or text of anybody.
+
+    A page that a user visits can make the browser send requests to this machine: its own name for us in Host (DNS
+    rebinding) or its own address in Origin give it away. With a key, the key is asked for as well."""
 
     def __init__(self, app, key, names):
         self.app, self.key, self.names = app, key.encode(), names
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] == "http" and (refused := self.refusal(scope)):
-            return await JSONResponse({"error": refused[1]}, refused[0], {"Connection": "close"})(scope, receive, send)
-        await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        began, line = time.perf_counter(), {"at": round(time.time(), 3), "method": scope["method"], "status": 0}
+        scope["log"], scope["began"] = line, began
+
+        async def noted(message):
+            line["status"] = line["status"] or message.get("status", 0)
+            await send(message)
+        try:
+            refused = self.refusal(scope)
+            answer = error(scope["path"], *refused, {"Connection": "close"}) if refused else self.app
+            await answer(scope, receive, noted)
+        finally:
+            route = getattr(scope.get("route"), "path", "-")    # as it was declared: a name in it would be text
+            print(json.dumps(line | {"path": route, "ms": since(began)}), file=sys.stderr, flush=True)
 
     def refusal(self, scope):
         headers = dict(scope["headers"])
@@ -1118,7 +1437,7 @@ class Guard:
         if origin and origin.partition("://")[2] != host:
             return 403, "requests from pages of other sites are refused"
         given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        if self.key and scope["path"] != "/healthz" and not hmac.compare_digest(given, self.key):
+        if self.key and scope["path"] not in ("/healthz", "/") and not hmac.compare_digest(given, self.key):
             return 401, "this server asks for Authorization: Bearer and its RAG_API_KEY"
 
 
@@ -1140,36 +1459,50 @@ async def read_body(request, most, write):
         raise HTTPException(400, "the body broke off") from None
 
 
-async def read_question(request, store):
-    """(question, top_k, stream, debug, snapshot) of a request to /ask. Raises HTTPException."""
+async def read_json(request, most=1 << 20):
+    """The object in the body. Raises HTTPException."""
     body = bytearray()
-    await read_body(request, 1 << 16, body.extend)
+    await read_body(request, most, body.extend)
     try:
         asked = json.loads(body)
         if not isinstance(asked, dict):
             raise ValueError
+        return asked
     except (ValueError, RecursionError):
-        raise HTTPException(400, 'the body must be JSON like {"question": "..."}') from None
-    question, top_k = asked.get("question"), asked.get("top_k", store.config.top_k)
-    stream, debug, documents = asked.get("stream", True), asked.get("debug", False), asked.get("documents")
-    if not isinstance(question, str) or not clean(question) or len(question) > 2000:
+        raise HTTPException(400, "the body must be a JSON object") from None
+
+
+def checked_question(text):
+    if not isinstance(text, str) or not clean(text) or len(text) > 2000:
         raise HTTPException(422, "question must be a text of 1 to 2,000 characters")
-    if type(top_k) is not int or not 1 <= top_k <= 20:
-        raise HTTPException(422, "top_k must be a number from 1 to 20")
-    if not isinstance(stream, bool) or not isinstance(debug, bool):
-        raise HTTPException(422, "stream and debug must be true or false")
-    snapshot = store.snapshot
-    if documents is not None:
-        if not isinstance(documents, list) or not all(isinstance(d, str) for d in documents):
-            raise HTTPException(422, "documents must be a list of ids")
-        for doc in documents:
-            rows = store.documents(doc)
-            if not rows:
-                raise HTTPException(404, f"no document {doc[:64]}")
-            if rows[0]["status"] != "ready":
-                raise HTTPException(409, f"document {doc} is {rows[0]['status']}: {rows[0]['reason'] or 'ask later'}")
-        snapshot = snapshot.only(documents)
-    return clean(question), top_k, stream, debug, snapshot
+    return clean(text)
+
+
+def option(asked, name, default, kind, least=None, most=None):
+    """asked[name] if it is there. Raises HTTPException."""
+    value = asked.get(name)
+    if value is None:
+        return default
+    if type(value) not in kind or least is not None and not least <= value <= most:
+        raise HTTPException(422, f"{name} must be " + (f"a number from {least} to {most}" if least is not None else
+                                                       "true or false"))
+    return value
+
+
+def chosen(asked, store):
+    """The snapshot of the documents that the request names, of all if it names none. Raises HTTPException."""
+    documents = asked.get("documents")
+    if documents is None:
+        return store.snapshot
+    if not isinstance(documents, list) or not all(isinstance(d, str) for d in documents):
+        raise HTTPException(422, "documents must be a list of ids")
+    for doc in documents:
+        rows = store.documents(doc)
+        if not rows:
+            raise HTTPException(404, f"no document {doc[:64]}")
+        if rows[0]["status"] != "ready":
+            raise HTTPException(409, f"document {doc} is {rows[0]['status']}: {rows[0]['reason'] or 'ask later'}")
+    return store.snapshot.only(documents)
 
 
 async def from_thread(pool, generate):
@@ -1196,9 +1529,93 @@ async def from_thread(pool, generate):
         gone.set()
 
 
+async def unless_gone(request, work):
+    """The result of the coroutine `work`; None if the client goes away before. For a stream Starlette sees to that."""
+    task = asyncio.ensure_future(work)
+
+    async def watch():
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+    watching = asyncio.ensure_future(watch())
+    try:
+        return await task
+    except asyncio.CancelledError:
+        return None
+    finally:
+        watching.cancel()
+
+
+# ---- OpenAI's interface: any client, by changing a URL --------------------------------------------
+
+MODEL = "rag"
+
+
+def last_question(messages):
+    """(the last user message, the messages of user and assistant before it). Raises HTTPException."""
+    if not isinstance(messages, list) or not messages:
+        raise HTTPException(422, "messages must be a list with at least one message of role user")
+    turns = []
+    for m in messages:
+        content = m.get("content") if isinstance(m, dict) else None
+        if isinstance(content, list):   # parts, as clients that know pictures send them
+            content = "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+        if not isinstance(content, str) or m.get("role") not in ("system", "developer", "user", "assistant"):
+            raise HTTPException(422, "a message must have a role (system, user, assistant) and a text as content")
+        if m["role"] in ("user", "assistant"):      # the instructions are ours: they say to keep to the documents
+            turns.append({"role": m["role"], "content": clean(content)})
+    if not turns or turns[-1]["role"] != "user":
+        raise HTTPException(422, "the last message must be a question of role user")
+    return checked_question(turns[-1]["content"]), turns[:-1]
+
+
+def openai_forms(model, with_usage):
+    """(frame, whole) for respond(): chunks of a stream, and the whole completion. Sources, refusal and timings are
+    fields that OpenAI does not have; its clients keep what they do not know."""
+    base = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time()), "model": model}
+    begun, found = False, {}
+
+    def usage(tokens):
+        prompt, made = tokens.get("prompt", 0), tokens.get("answer", 0)
+        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
+                "prompt_tokens_details": {"cached_tokens": tokens.get("cached", 0)}}
+
+    def extra(data):
+        return {k: data[k] for k in ("sources", "citations", "refused", "gate", "timings")}
+
+    def chunk(choices, **more):
+        return f"data: {json.dumps(base | {'object': 'chat.completion.chunk', 'choices': choices} | more)}\n\n"
+
+    def text(content):
+        nonlocal begun                  # the role goes with the first text: clients time the first chunk
+        delta, begun = {"content": content} | ({} if begun else {"role": "assistant"}), True
+        return chunk([{"index": 0, "delta": delta, "finish_reason": None}])
+
+    def frame(event, data):
+        if event == "sources":
+            found.update(data)
+            return ""
+        if event == "token":
+            return text(data["text"])
+        if event == "error":            # the openai client raises APIError at such a chunk
+            return f"data: {json.dumps({'error': {'message': data['error'], 'type': 'server_error'}})}\n\n"
+        withdrawn = data["gate"] == "support"       # what was sent cannot be taken back, only contradicted
+        out = text("\n\n" + data["answer"]) if withdrawn else ""
+        out += chunk([{"index": 0, "delta": {}, "finish_reason": data["finish"]}], **extra(found | data))
+        return out + (chunk([], usage=usage(data["tokens"])) if with_usage else "") + "data: [DONE]\n\n"
+
+    def whole(data):
+        message = {"role": "assistant", "content": data["answer"]}
+        return base | {"object": "chat.completion", "usage": usage(data["tokens"]), "choices": [
+            {"index": 0, "message": message, "finish_reason": data["finish"]}]} | extra(data)
+    return frame, whole
+
+
+# ---- the application ------------------------------------------------------------------------------
+
 def create_app(store, llm, config, key=""):
     """The ASGI application; at its end it closes the store. With a key, requests need `Authorization: Bearer key`."""
-    pool, asking = ThreadPoolExecutor(8, "ask"), set()
+    pool, asking, metrics = ThreadPoolExecutor(config.slots + config.queue, "ask"), set(), Metrics()
 
     def shown(row):
         return {k: row[k] for k in ("id", "name", "bytes", "status", "reason", "pages", "chunks")}
@@ -1238,51 +1655,126 @@ def create_app(store, llm, config, key=""):
             await asyncio.get_running_loop().run_in_executor(None, store.delete, rows[0]["id"])
         return JSONResponse(shown(rows[0]) | ({"status": "deleted"} if request.method == "DELETE" else {}))
 
-    async def ask(request):
-        question, top_k, stream, debug, snapshot = await read_question(request, store)
-        if len(asking) >= config.queue:
-            raise HTTPException(429, f"{config.queue} questions are being answered; try again", {"Retry-After": "5"})
+    async def events(request, question, **how):
+        """The events of answer(), counted and logged."""
+        if len(asking) >= config.slots + config.queue:
+            metrics.add("rag_questions_total", label='{outcome="busy"}')
+            raise HTTPException(429, f"{len(asking)} questions are being answered; try again", {"Retry-After": "5"})
+        asking.add(ticket := object())
 
-        async def events():
-            asking.add(ticket := object())
+        def work(gone):
             try:
-                async for item in from_thread(pool, lambda stop: answer(
-                        store, llm, question, top_k, snapshot, debug, stop)):
-                    yield item
+                yield from answer(store, llm, question, gone=gone, began=request.scope["began"], **how)
             finally:
-                asking.discard(ticket)
+                asking.discard(ticket)  # the answer is there; a slow reader takes no place away from others
+        ended = "left"
+        try:
+            async for event, data in from_thread(pool, work):
+                if event == "done":
+                    ended = ""
+                    metrics.answered(data)
+                    request.scope["log"].update({k: data[k] for k in ("gate", "quoted", "timings", "tokens")})
+                yield event, data
+        except (LLMError, BadInput, Busy):
+            ended = "failed"
+            raise
+        finally:
+            if ended:
+                metrics.add("rag_questions_total", label=f'{{outcome="{ended}"}}')
 
-        async def streamed():
+    async def respond(request, said, stream, frame, whole):
+        """The response made of answer()'s events `said`: frame(event, data) is how a stream shows one, whole(data) the
+        JSON that shows all, from the data of all events together."""
+        def timing(ms):
+            return {"Server-Timing": ", ".join(f"{stage};dur={value}" for stage, value in ms.items())}
+
+        async def body():
             try:
-                async for event, data in events():
-                    yield sse(event, data)
-            except (LLMError, BadInput) as e:
-                yield sse("error", {"error": str(e)})
+                async with contextlib.aclosing(said):
+                    yield first
+                    async for event, data in said:
+                        if text := frame(event, data):
+                            yield text
+            except (LLMError, BadInput, Busy) as e:
+                yield frame("error", {"error": str(e)})
             except Exception:           # the status is 200 already: an event is the only way to say it
                 traceback.print_exc()
-                yield sse("error", {"error": "internal error, see the server's log"})
+                yield frame("error", {"error": "internal error, see the server's log"})
 
-        if stream:
-            return StreamingResponse(streamed(), media_type="text/event-stream",
-                                     headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        async def all_of_it():
+            async with contextlib.aclosing(said):
+                return functools.reduce(dict.__or__, [data async for _, data in said])
         try:
-            said = {event: data async for event, data in events()}
+            if stream:
+                event, data = await anext(said)
+                first = frame(event, data)
+                return StreamingResponse(body(), media_type="text/event-stream", headers={
+                    "Cache-Control": "no-store", "X-Accel-Buffering": "no"} | timing(data["timings"]))
+            data = await unless_gone(request, all_of_it())
+            return JSONResponse(whole(data), headers=timing(data["timings"])) if data else Response(status_code=499)
         except LLMError as e:
             raise HTTPException(503, str(e)) from None
+        except Busy as e:
+            raise HTTPException(429, str(e), {"Retry-After": "5"}) from None
         except BadInput as e:
             raise HTTPException(422, str(e)) from None
-        return JSONResponse(said["done"] | said["sources"])
+
+    async def ask(request):
+        asked = await read_json(request, 1 << 16)
+        said = events(request, checked_question(asked.get("question")), snapshot=chosen(asked, store),
+                      top_k=option(asked, "top_k", config.top_k, (int,), 1, 20),
+                      debug=option(asked, "debug", False, (bool,)))
+        return await respond(request, said, option(asked, "stream", True, (bool,)), sse,
+                             lambda data: {k: v for k, v in data.items() if k != "text"})
+
+    async def chat(request):
+        asked = await read_json(request)
+        question, history = last_question(asked.get("messages"))
+        stop, options = asked.get("stop") or [], asked.get("stream_options") or {}
+        stop = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, list) or not all(isinstance(s, str) for s in stop) or not isinstance(options, dict):
+            raise HTTPException(422, "stop must be a text or a list of texts, stream_options an object")
+        if option(asked, "n", 1, (int,), 1, 128) > 1:
+            raise HTTPException(422, "n must be 1")
+        number, limit = (int, float), option(asked, "max_tokens", config.answer_tokens, (int,), 1, 1 << 30)
+        limit = option(asked, "max_completion_tokens", limit, (int,), 1, 1 << 30)
+        said = events(request, question, history=history, snapshot=chosen(asked, store), stop=stop,
+                      most=min(limit, config.context // 2), seed=option(asked, "seed", 0, (int,), 0, 1 << 62),
+                      temperature=option(asked, "temperature", 0.0, number, 0, 2),
+                      top_p=option(asked, "top_p", 1.0, number, 0, 1))
+        frame, whole = openai_forms(str(asked.get("model") or MODEL)[:200], options.get("include_usage") is True)
+        return await respond(request, said, option(asked, "stream", False, (bool,)), frame, whole)
+
+    async def models(request):
+        return JSONResponse({"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0,
+                                                         "owned_by": "lesson6"}]})
+
+    async def numbers(request):
+        states = collections.Counter(row["status"] for row in store.documents())
+        gauges = {("rag_documents", f'{{status="{status}"}}'): n for status, n in states.items()}
+        gauges |= {(f"rag_{name}", ""): len(things) for name, things in (
+            ("asking", asking), ("running", getattr(llm, "running", ())), ("waiting", getattr(llm, "waiting", ())),
+            ("chunks", store.snapshot.chunks))}
+        return Response(metrics.text(gauges), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def page(request):
+        nonce = secrets.token_urlsafe(16)
+        policy = (f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; "
+                  "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        return HTMLResponse(PAGE.replace("NONCE", nonce), headers={"Content-Security-Policy": policy,
+                                                                   "Cache-Control": "no-store"})
 
     async def healthz(request):
         return JSONResponse({"status": "ok", "chunks": len(store.snapshot.chunks)})
 
     async def failure(request, e):
-        return JSONResponse({"error": getattr(e, "detail", "internal error, see the server's log")},
-                            getattr(e, "status_code", 500), getattr(e, "headers", None))
+        return error(request.url.path, getattr(e, "status_code", 500), getattr(e, "detail", "internal error, see the "
+                     "server's log"), getattr(e, "headers", None))
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
         yield
+        await asyncio.to_thread(llm.close)
         pool.shutdown(wait=False, cancel_futures=True)
         store.close()
 
@@ -1290,9 +1782,25 @@ def create_app(store, llm, config, key=""):
         routes=[Route("/documents", upload, methods=["POST", "PUT"]), Route("/documents", documents),
                 Route("/documents/{name}", upload, methods=["PUT"]),        # curl -T f.pdf localhost:8000/documents/
                 Route("/documents/{name}", document, methods=["GET", "DELETE"]),
-                Route("/ask", ask, methods=["POST"]), Route("/healthz", healthz)],
+                Route("/ask", ask, methods=["POST"]), Route("/v1/chat/completions", chat, methods=["POST"]),
+                Route("/v1/models", models), Route("/metrics", numbers), Route("/healthz", healthz), Route("/", page)],
         middleware=[Middleware(Guard, key=key, names=LOOPBACK if config.host in LOOPBACK else set())],
         exception_handlers={HTTPException: failure, Exception: failure}, lifespan=lifespan)
+
+
+class Server(uvicorn.Server):
+    """Ends by itself after Ctrl-C or SIGTERM: no new connections, GRACE seconds for the answers that are being given,
+    then an `error` event for the rest."""
+
+    def __init__(self, llm, app):
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE + 2))
+        self.llm = llm
+
+    def handle_exit(self, *signal):
+        timer = threading.Timer(GRACE, self.llm.close)
+        timer.daemon = True
+        timer.start()
+        super().handle_exit(*signal)
 
 
 def serve(config):
@@ -1305,9 +1813,14 @@ def serve(config):
                                          if ":" in config.host else socket.AF_INET)
     except OSError as e:
         raise BadInput(f"cannot listen on {config.host}:{config.port}: {e.strerror}; choose another --port") from None
-    app = create_app(open_store(config), make_llm(config), config, key)
+    store, llm = open_store(config), make_llm(config)
     print(f"listening on http://{config.host}:{listening.getsockname()[1]}", flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run([listening])
+    Server(llm, create_app(store, llm, config, key)).run([listening])
+
+
+# ---- the page -------------------------------------------------------------------------------------
+
+PAGE = r"""<!doctype html><title>lesson 6</title>"""
 
 
 # ---- story ----------------------------------------------------------------------------------------
@@ -1354,9 +1867,8 @@ def story(config):
     """Index the handbook, ask it, break it. Returns the exit status."""
     config.data = config.data or str(OUT / "lesson6" / "story")
     checks, firsts = [], {}
-    with contextlib.closing(open_store(config)) as store:
+    with contextlib.closing(open_store(config)) as store, contextlib.closing(make_llm(config)) as llm:
         ingest(store, [ROOT / "lesson6_handbook.pdf"])
-        llm = make_llm(config)
         for question, wanted, page in [("How many minutes does the crossing take?", "35", 1),
                                        ("轮椅乘客应当在开船前多久到达码头？", "三十分钟", 4),
                                        ("What is the boiling point of ethanol?", None, None),
@@ -1387,7 +1899,7 @@ def say(store, llm, question):
         for event, data in answer(store, llm, question):
             if event == "token":
                 print(data["text"], end="", flush=True)
-    except LLMError as e:
+    except (LLMError, Busy) as e:
         raise BadInput(str(e)) from None
     print()
     if data["refused"]:
@@ -1435,7 +1947,8 @@ def main(argv=None):
     with contextlib.closing(open_store(config)) as store:
         if args.command == "ingest":
             return ingest(store, args.files)
-        say(store, make_llm(config), args.question)
+        with contextlib.closing(make_llm(config)) as llm:
+            say(store, llm, args.question)
     return 0
 
 

@@ -64,16 +64,22 @@ class FakeLLM:
     def speaks(self, text):
         return True
 
-    def stream(self, messages, most, stop):
+    def stream(self, messages, most, gone=lambda: False, **sampling):
         self.asked.append(messages)
+        return rag.Reply(self.words(gone))
+
+    def words(self, gone):
         try:
             for word in self.says.split(" "):
-                if stop():
+                if gone():
                     return
                 time.sleep(self.delay)
                 yield word + " "
         finally:
             self.stopped.set()
+
+    def close(self):
+        pass
 
 
 @pytest.fixture(scope="session")
@@ -610,7 +616,7 @@ def test_statuses_and_reasons(store, monkeypatch):
         store.wait(30)
         status, answer = server.json(*ask({"question": "x", "documents": [bad]}))
         assert status == 409 and "OCR" in answer["error"]
-        store.config.queue = 0
+        store.config.queue = store.config.slots = 0
         assert server.json("POST", "/documents", pdf("one more"))[0] == 429 and server.json(*ask({"question": "x"}))[0] == 429
         store.config.queue = 9
         monkeypatch.setattr(store, "add", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
