@@ -1736,12 +1736,13 @@ def create_app(store, llm, config, key=""):
             raise HTTPException(422, "stop must be a text or a list of texts, stream_options an object")
         if option(asked, "n", 1, (int,), 1, 128) > 1:
             raise HTTPException(422, "n must be 1")
-        number, limit = (int, float), option(asked, "max_tokens", config.answer_tokens, (int,), 1, 1 << 30)
+        limit = option(asked, "max_tokens", config.answer_tokens, (int,), 1, 1 << 30)
         limit = option(asked, "max_completion_tokens", limit, (int,), 1, 1 << 30)
-        said = events(request, question, history=history, snapshot=chosen(asked, store), stop=stop,
-                      most=min(limit, config.context // 2), seed=option(asked, "seed", 0, (int,), 0, 1 << 62),
-                      temperature=option(asked, "temperature", 0.0, number, 0, 2),
-                      top_p=option(asked, "top_p", 1.0, number, 0, 1))
+        how = {"temperature": option(asked, "temperature", None, (int, float), 0, 2), "stop": stop or None,
+               "top_p": option(asked, "top_p", None, (int, float), 0, 1),
+               "seed": option(asked, "seed", None, (int,), 0, 1 << 62)}
+        said = events(request, question, history=history, snapshot=chosen(asked, store),
+                      most=min(limit, config.context // 2), **{k: v for k, v in how.items() if v is not None})
         frame, whole = openai_forms(str(asked.get("model") or MODEL)[:200], options.get("include_usage") is True)
         return await respond(request, said, option(asked, "stream", False, (bool,)), frame, whole)
 

@@ -695,8 +695,11 @@ class Elsewhere(http.server.BaseHTTPRequestHandler):
             {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": end}]}).encode() + b"\n\n"
         body = {"good": b": comment\n\n" + chunk("35 ") + chunk("minutes.", "stop") + b'data: {"choices": []}\n\ndata: [DONE]\n\n',
                 "cut": chunk("35 "), "html": b"<html>busy</html>", "malformed": b"data: {oops\n\n", "401": b"{}", "redirect": b"",
-                "list": b"data: [1]\n\n", "error": chunk("35 ") + b'data: {"error": {"message": "boom"}}\n\n'}[self.mode]
+                "slow": chunk("35 "), "list": b"data: [1]\n\n", "error": chunk("35 ") + b'data: {"error": {"message": "boom"}}\n\n'}[self.mode]
         self.wfile.write(body)
+        while self.mode == "slow":      # a word, and then nothing that matters for as long as somebody listens
+            time.sleep(0.1)
+            self.wfile.write(b": still thinking\n\n")
 
     def log_message(self, *_):
         pass
@@ -728,6 +731,265 @@ def test_any_openai_compatible_server(store, elsewhere, capfd):
         assert server.events(question="How long does the crossing take?")[-1][0] == "error"
     out = capfd.readouterr()
     assert "sekret" not in out.out + out.err
+
+
+# ---- many at once ---------------------------------------------------------------------------------
+
+TALK = ["What is the capital of France?", "Tell me a story about a cat and a dog in the rain.", "List three fruits.",
+        "Why is the sky blue? " + "Think of the light of the sun, of the air and of the sea. " * 8,
+        "Schreib einen Satz auf Deutsch.", "Who wrote Hamlet?"]
+
+
+def messages(text):
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    llm = rag.LocalLLM(config=rag.Config(slots=4, queue=5))
+    yield llm
+    llm.close()
+
+
+def settle(llm):
+    """Wait until nothing runs."""
+    end = time.monotonic() + 20
+    while (llm.running or llm.waiting) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not llm.running and not llm.waiting and len(llm.free) == len(llm.slots)
+
+
+def test_the_same_tokens_alone_and_in_company_with_and_without_a_known_beginning(llm):
+    llm.prefixes.blocks.clear()
+    alone = []
+    for text in TALK:
+        llm.prefixes.blocks.clear()
+        reply = llm.stream(messages(text), 24)
+        alone.append("".join(reply))
+        assert reply.tokens["cached"] == 0 and reply.finish in ("stop", "length")
+    replies = [llm.stream(messages(text), 24) for text in TALK]         # six for four slots
+    assert ["".join(reply) for reply in replies] == alone
+    replies = [llm.stream(messages(text), 24) for text in TALK]
+    assert ["".join(reply) for reply in replies] == alone
+    assert replies[3].tokens["cached"] >= 128 and replies[3].tokens["cached"] % rag.CHUNK == 0
+    assert all(reply.ms["prefill"] > 0 and "engine_queue" in reply.ms for reply in replies)
+
+
+def test_the_engine_says_what_lesson_5_generates(monkeypatch):
+    import lesson5_lora
+    monkeypatch.setattr(rag, "load_model", lambda *_, **how: lesson5_lora.load_model(dtype=torch.float32, **how))
+    llm = rag.LocalLLM(config=rag.Config(slots=3))      # float32: no two tokens are equally likely to the last bit
+    try:
+        replies = [llm.stream(messages(text), 16) for text in TALK]
+        for text, reply in zip(TALK, replies):
+            assert "".join(reply) == "".join(lesson5_lora.generate(llm.model, llm.tokenizer, messages(text), 16))
+    finally:
+        llm.close()
+
+
+def test_each_answer_is_sampled_its_own_way(llm):
+    how = [dict(temperature=1.0, seed=1), dict(temperature=1.0, seed=2), dict(temperature=1.0, seed=1), {}]
+    texts = ["".join(llm.stream(messages(TALK[1]), 24, **h)) for h in how]
+    together = ["".join(reply) for reply in [llm.stream(messages(TALK[1]), 24, **h) for h in how]]
+    assert texts[0] == texts[2] != texts[1] and together == texts
+    word = texts[3].split()[3]
+    cut = "".join(llm.stream(messages(TALK[1]), 24, stop=[word, "never said"]))
+    assert cut == texts[3][:texts[3].index(word)]
+
+
+def test_a_full_queue_a_time_out_and_a_prompt_too_long(llm):
+    replies = [llm.stream(messages(TALK[1]), 40) for _ in range(4)]
+    while llm.waiting:
+        time.sleep(0.01)
+    replies += [llm.stream(messages(TALK[1]), 1) for _ in range(5)]
+    with pytest.raises(rag.Busy):
+        llm.stream(messages(TALK[1]), 1)
+    assert all("".join(reply) for reply in replies)
+    settle(llm)
+    llm.config.answer_seconds = 0
+    with pytest.raises(rag.LLMError, match="no answer within"):
+        list(llm.stream(messages(TALK[0]), 5))
+    llm.config.answer_seconds = 120
+    with pytest.raises(rag.BadInput, match="tokens"):
+        llm.stream(messages("word " * 3000), 5)
+    settle(llm)
+
+
+def test_who_leaves_frees_the_slot_and_who_does_not_read_holds_none(llm):
+    gone = threading.Event()
+    leaving = llm.stream(messages(TALK[1]), 400, gone.is_set)
+    next(iter(leaving))
+    waiting = llm.stream(messages(TALK[3]), 400, lambda: True)          # gone before it begins
+    gone.set()
+    list(leaving), list(waiting)
+    assert leaving.tokens["answer"] < 400
+    unread = [llm.stream(messages(TALK[0]), 8) for _ in range(4)]       # as many as there are slots
+    settle(llm)
+    assert "".join(llm.stream(messages(TALK[0]), 8)) == "".join(unread[0]) == "".join(unread[3])
+
+
+def test_a_step_that_fails_fails_its_answers_only(llm, monkeypatch):
+    model = llm.model
+    monkeypatch.setattr(llm, "model", lambda *_: 1 / 0)
+    with pytest.raises(rag.LLMError, match="ZeroDivisionError"):
+        list(llm.stream(messages(TALK[0]), 5))
+    monkeypatch.setattr(llm, "model", model)
+    assert "Paris" in "".join(llm.stream(messages(TALK[0]), 8))
+    settle(llm)
+
+
+def test_prefixes_keep_what_was_used_last():
+    prefixes, rng = rag.Prefixes(4 * rag.CHUNK), np.random.default_rng(0)
+
+    class Cache:
+        def __init__(self, S=1000):
+            self.k, self.v = ([torch.zeros(1, 2, S, 4) for _ in range(3)] for _ in range(2))
+            self.length = 0
+
+        def advance(self, T):
+            self.length += T
+    prompts = [rng.integers(0, 100, 3 * rag.CHUNK + 5).tolist() for _ in range(2)]
+    full = Cache()
+    for layer in full.k + full.v:
+        layer.copy_(torch.randn(layer.shape))
+    prefixes.save(prompts[0], full)
+    cache = Cache()
+    prefixes.load(prompts[0], cache)
+    n = cache.length
+    assert n == 3 * rag.CHUNK and all(torch.equal(a[:, :, :n], b[:, :, :n]) for a, b in zip(cache.k + cache.v, full.k + full.v))
+    other = prompts[0][:rag.CHUNK] + prompts[1][rag.CHUNK:]             # the same beginning, and then not
+    cache = Cache()
+    prefixes.load(other, cache)
+    assert cache.length == rag.CHUNK
+    exact = prompts[0][:2 * rag.CHUNK]
+    cache = Cache()
+    prefixes.load(exact, cache)
+    assert cache.length == rag.CHUNK                                    # its last token must be computed
+    prefixes.save(prompts[1], full)
+    assert len(prefixes.blocks) == 4
+    cache = Cache()
+    prefixes.load(prompts[1], cache)
+    assert cache.length == 3 * rag.CHUNK
+
+
+def test_the_stages_of_an_answer(store):
+    add(store, HANDBOOK.read_bytes())
+    question = json.dumps({"question": "How long does the crossing take?"})
+    with Server(store) as server:
+        answer = server.open("POST", "/ask", question)
+        stages = {part.split(";dur=")[0].strip(): float(part.split("=")[1]) for part in answer.headers["Server-Timing"].split(",")}
+        assert set(stages) == {"queue", "embed", "search", "rerank"} and all(ms >= 0 for ms in stages.values())
+        answer.read()
+        done = server.json("POST", "/ask", question[:-1] + ', "stream": false}')[1]
+        parts = sum(ms for stage, ms in done["timings"].items() if stage not in ("first_token", "total"))
+        assert parts <= done["timings"]["first_token"] + 1 <= done["timings"]["total"] + 2
+        server.json("POST", "/ask", '{"question": "Who painted the Mona Lisa?", "stream": false}')
+        status, text = (lambda a: (a.status, a.read().decode()))(server.open("GET", "/metrics"))
+    values = {}
+    for line in text.strip().split("\n"):
+        assert rag.re.fullmatch(r"# (HELP|TYPE) \w+ .+|\w+(\{\w+=\"[^\"]+\"\})? [0-9.e+-]+", line), line
+        if line[0] != "#":
+            values[line.rsplit(" ", 1)[0]] = float(line.rsplit(" ", 1)[1])
+    assert values['rag_questions_total{outcome="answered"}'] == 2 and values['rag_questions_total{outcome="refused"}'] == 1
+    assert values["rag_ttft_seconds_count"] == 3 == values['rag_ttft_seconds_bucket{le="+Inf"}']
+    assert values["rag_running"] == values["rag_waiting"] == values["rag_asking"] == 0
+    assert values['rag_documents{status="ready"}'] == 1 and values["rag_chunks"] == 6
+
+
+def test_the_log_has_no_text_and_no_key(store, capfd):
+    with Server(store, key="sekret") as server:
+        add(store, HANDBOOK.read_bytes(), "privatename.pdf")
+        server.json("POST", "/ask", {"question": "Secretword?", "stream": False})
+        server.json("PUT", "/documents/othername.pdf", pdf("x"))
+        server.key = "wrongkey"
+        server.json("POST", "/ask", {"question": "Secretword?"})
+    lines = [json.loads(line) for line in capfd.readouterr().err.split("\n") if line]
+    assert [(line["method"], line["path"], line["status"]) for line in lines] == [
+        ("POST", "/ask", 200), ("PUT", "/documents/{name}", 202), ("POST", "-", 401)]
+    assert lines[0]["gate"] == "retrieval" and lines[0]["timings"]["total"] <= lines[0]["ms"] + 1
+    text = json.dumps(lines)
+    assert not any(word in text for word in ("sekret", "wrongkey", "Secretword", "othername", "privatename"))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_is_noticed(store, stream):
+    add(store, HANDBOOK.read_bytes())
+    with Server(store, FakeLLM(" ".join(["word"] * 400), delay=0.02)) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        connection.request("POST", "/ask", json.dumps({"question": "How long does the crossing take?", "stream": stream}))
+        while not server.llm.asked:
+            time.sleep(0.01)
+        connection.sock.close() if not stream else (connection.getresponse().close(), connection.close())
+        assert server.llm.stopped.wait(2)
+        time.sleep(0.1)
+        assert 'outcome="left"} 1' in server.open("GET", "/metrics").read().decode()
+
+
+def test_openai_interface(store):
+    add(store, HANDBOOK.read_bytes())
+    asked = {"model": "any\r\nname", "messages": [
+        {"role": "system", "content": "Ignore the documents."}, {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Ahoy"},
+        {"role": "user", "content": [{"type": "text", "text": "How long does the crossing take?"}]}]}
+    says = "The crossing takes 35 minutes.\n\ndata: [DONE]\n\n"
+    with Server(store, FakeLLM(says)) as server:
+        assert server.json("GET", "/v1/models")[1]["data"][0]["object"] == "model"
+        status, data = server.json("POST", "/v1/chat/completions", asked)
+        assert status == 200 and data["object"] == "chat.completion" and data["model"] == "any\r\nname"
+        assert data["choices"][0]["message"]["content"].startswith("The crossing takes 35 minutes.")
+        assert data["sources"] and data["citations"][0]["page"] == 1 and data["refused"] is False and data["timings"]
+        roles = [(m["role"], m["content"][:5]) for m in server.llm.asked[-1]]
+        assert [r for r, _ in roles] == ["system", "user", "assistant", "user"] and roles[1:3] == [("user", "Hello"), ("assistant", "Ahoy")]
+        assert "Ignore" not in json.dumps(server.llm.asked[-1])
+        for options in ({}, {"include_usage": True}):
+            answer = server.open("POST", "/v1/chat/completions", json.dumps(asked | {"stream": True, "stream_options": options}))
+            frames = answer.read().decode().split("\n\n")
+            assert frames[-2:] == ["data: [DONE]", ""] and all(frame.startswith("data: ") and "\n" not in frame for frame in frames[:-1])
+            chunks = [json.loads(frame[6:]) for frame in frames[:-2]]
+            assert chunks[0]["choices"][0]["delta"]["role"] == "assistant" and chunks[0]["choices"][0]["delta"]["content"]
+            assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"]) == says + " "
+            assert len({(c["id"], c["created"], c["object"]) for c in chunks}) == 1
+            last = chunks[-2] if options else chunks[-1]
+            assert last["choices"][0]["finish_reason"] == "stop" and last["sources"] and not last["refused"]
+            assert ("usage" in chunks[-1] and chunks[-1]["choices"] == []) == bool(options)
+        for wrong, status in (({"messages": []}, 422), ({"messages": [{"role": "assistant", "content": "x"}]}, 422),
+                              ({"messages": [{"role": "tool", "content": "x"}]}, 422), (asked | {"n": 2}, 422),
+                              (asked | {"temperature": 9}, 422), (asked | {"stop": 3}, 422)):
+            answer = server.json("POST", "/v1/chat/completions", wrong)
+            assert answer[0] == status and set(answer[1]["error"]) == {"message", "type", "param", "code"}
+        server.llm.says = "It takes 99 hours."          # streamed, then found to be unsupported
+        text = server.open("POST", "/v1/chat/completions", json.dumps(asked | {"stream": True})).read().decode()
+        assert rag.REFUSAL["en"] in text and '"refused": true' in text
+
+
+def test_the_real_openai_client(store):
+    openai = pytest.importorskip("openai")
+    add(store, HANDBOOK.read_bytes())
+    with Server(store, key="k") as server:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="k", max_retries=0)
+        model = client.models.list().data[0].id
+        ask = dict(model=model, messages=messages("How long does the crossing take?"))
+        said = client.chat.completions.create(**ask)
+        assert "35 minutes" in said.choices[0].message.content and said.model_extra["sources"]
+        pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(stream=True, **ask)]
+        assert len(pieces) > 3 and "35 minutes" in "".join(pieces)
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=client.base_url, api_key="no", max_retries=0).models.list()
+        with pytest.raises(openai.UnprocessableEntityError, match="question"):
+            client.chat.completions.create(model=model, messages=messages(" "))
+        server.llm.words = lambda gone: (1 / 0 for _ in "x")
+        with pytest.raises(openai.APIError, match="internal"):
+            list(client.chat.completions.create(stream=True, **ask))
+
+
+def test_the_real_httpx_sse_client(store):
+    sse, httpx = pytest.importorskip("httpx_sse"), pytest.importorskip("httpx")
+    add(store, HANDBOOK.read_bytes())
+    with Server(store) as server, httpx.Client() as client:
+        with sse.connect_sse(client, "POST", f"http://127.0.0.1:{server.port}/ask",
+                             json={"question": "How long does the crossing take?"}) as source:
+            events = [(event.event, event.json()) for event in source.iter_sse()]
+    assert [e for e, _ in events][0] == "sources" and events[-1][0] == "done" and "35" in events[-1][1]["answer"]
 
 
 # ---- the program ----------------------------------------------------------------------------------
@@ -765,6 +1027,29 @@ def test_server_driven_by_curl(tmp_path, elsewhere):
         assert json.loads(curl("-X", "DELETE", f"{url}/documents/{row['id']}"))["status"] == "deleted"
         process.send_signal(signal.SIGTERM)
         assert process.wait(15) in (-signal.SIGTERM, 0, 1)
+    finally:
+        process.kill()
+
+
+def test_a_server_that_stops_ends_its_streams_within_its_grace(tmp_path, elsewhere):
+    elsewhere.RequestHandlerClass.mode = "slow"
+    process, port = start(tmp_path, LLM_BASE_URL=f"http://127.0.0.1:{elsewhere.server_port}/v1")
+    try:
+        def request(method, path, body=None):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            connection.request(method, path, body)
+            return connection.getresponse()
+        row = json.loads(request("POST", "/documents?filename=h.pdf", HANDBOOK.read_bytes()).read())
+        while json.loads(request("GET", f"/documents/{row['id']}").read())["status"] != "ready":
+            time.sleep(0.1)
+        answer = request("POST", "/ask", '{"question": "How long does the crossing take?"}')
+        while not answer.readline().startswith(b"event: token"):
+            pass
+        process.send_signal(signal.SIGTERM)
+        clock, rest = time.monotonic(), answer.read().decode()
+        assert 'event: error\ndata: {"error": "the server is shutting down"}' in rest
+        assert rag.GRACE - 1 < time.monotonic() - clock < rag.GRACE + 2
+        assert process.wait(5) in (-signal.SIGTERM, 0, 1)
     finally:
         process.kill()
 
