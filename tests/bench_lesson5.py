@@ -106,13 +106,18 @@ def qlora(args):
         del model
         results = {}
         for turn in range(args.times):
-            for name in ("ours", "peft"):
-                done = subprocess.run([sys.executable, __file__, f"qlora_{name}", "--folder", folder], check=True, capture_output=True, text=True)
+            for name in ("all", "some", "none", "peft"):                # what the lesson computes again; peft: whole blocks
+                command = "qlora_peft" if name == "peft" else "qlora_ours"
+                done = subprocess.run([sys.executable, __file__, command, "--folder", folder, "--checkpointing", name], check=True,
+                                      capture_output=True, text=True)
                 step, memory, loaded = map(float, done.stdout.split()[-3:])
                 results.setdefault(name, []).append((step, memory))
                 print(f"{name:5} {step:6.2f} s a step    peak {memory:5.2f} GB, {loaded:5.2f} GB after loading", flush=True)
-        (ours, small), (theirs, large) = ([statistics.median(v) for v in zip(*results[name])] for name in ("ours", "peft"))
-        print(f"medians: {ours:.2f} s and {small:.2f} GB against {theirs:.2f} s and {large:.2f} GB: {theirs / ours:.2f} times as fast")
+        theirs, large = (statistics.median(v) for v in zip(*results.pop("peft")))
+        for name, runs in results.items():
+            ours, small = (statistics.median(v) for v in zip(*runs))
+            print(f"medians, checkpointing {name}: {ours:.2f} s and {small:.2f} GB against {theirs:.2f} s and {large:.2f} GB: "
+                  f"{theirs / ours:.2f} times as fast")
 
 
 def qlora_data():
@@ -122,10 +127,10 @@ def qlora_data():
 
 def qlora_ours(args):
     model, tokenizer = lesson.load_model(args.folder, "nf4", dtype=torch.bfloat16)
-    loaded, config = peak(), lesson.TrainConfig(checkpointing=True, r=8)
+    loaded, config = peak(), lesson.TrainConfig(checkpointing=args.checkpointing, r=8)
     torch.manual_seed(0)
     lesson.inject_lora(model, config.target_modules.split(","), config.r, config.lora_alpha)
-    model.checkpointing = True
+    model.checkpointing = config.checkpointing
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], config.lr, weight_decay=0.0)
     rows = list(zip(*(t.tolist() for t in qlora_data())))
     model.train()
@@ -260,6 +265,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--times", type=int, default=3, help="timed runs of each, of which the median counts")
     parser.add_argument("--steps", type=int, default=60, help="of training at each rank")
+    parser.add_argument("--checkpointing", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.what.startswith("qlora_"):
