@@ -746,7 +746,7 @@ def messages(text):
 
 @pytest.fixture(scope="module")
 def llm():
-    llm = rag.LocalLLM(config=rag.Config(slots=4, queue=5))
+    llm = rag.LocalLLM(config=rag.Config(slots=4, queue=8))
     yield llm
     llm.close()
 
@@ -801,7 +801,7 @@ def test_a_full_queue_a_time_out_and_a_prompt_too_long(llm):
     replies = [llm.stream(messages(TALK[1]), 40) for _ in range(4)]
     while llm.waiting:
         time.sleep(0.01)
-    replies += [llm.stream(messages(TALK[1]), 1) for _ in range(5)]
+    replies += [llm.stream(messages(TALK[1]), 1) for _ in range(8)]
     with pytest.raises(rag.Busy):
         llm.stream(messages(TALK[1]), 1)
     assert all("".join(reply) for reply in replies)
