@@ -999,6 +999,10 @@ def test_train_chat_merge_quantize_on_any_folder(cli, tmp_path, folder):
     cli("merge", "--model", folder, "--adapter", "out", "--to", "merged", "--dtype", "float32")
     wanted = lesson.load_adapter(load_model(folder, "nf4", dtype=torch.float32)[0], tmp_path / "out")(ids_of())
     assert apart(load_model(tmp_path / "merged", dtype=torch.float32)[0](ids_of()), wanted) < 1e-5 * wanted.abs().max()
+    cli("train", "--model", folder, "--data", data, "--steps", 2, "--out", "out2", "--base", "full")
+    cli("merge", "--model", folder, "--adapter", "out2", "--to", "merged2", "--dtype", "float32")        # --base is in the adapter
+    wanted = lesson.load_adapter(load_model(folder, "full", dtype=torch.float32)[0], tmp_path / "out2")(ids_of())
+    assert apart(load_model(tmp_path / "merged2", dtype=torch.float32)[0](ids_of()), wanted) < 1e-5 * wanted.abs().max()
     cli("quantize", "--model", folder, "--to", "nf4")
     assert json.loads((tmp_path / "nf4" / "config.json").read_text(encoding="utf-8"))["quantization_config"]["bnb_4bit_use_double_quant"]
     for flags in (["--model", "merged"], ["--model", "nf4"], ["--model", folder, "--adapter", "out", "--bits", 16], ["--model", "merged", "--bits", 4],

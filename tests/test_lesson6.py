@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import socket
@@ -1087,3 +1088,187 @@ def test_a_database_that_is_none(tmp_path):
     assert run.returncode == 2 and "choose another --data" in run.stderr
     assert run.stderr.count("\n") == 1 and "Traceback" not in run.stderr
     assert (tmp_path / "rag.db").read_bytes().startswith(b"this is no database")
+
+
+# ---- the page, in a browser -----------------------------------------------------------------------
+
+@pytest.fixture
+def browse():
+    """browse(server, **context) -> (the page in headless Chromium, what its console and its CSP complained about)."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with playwright.sync_playwright() as p:
+        try:
+            browser = p.chromium.launch(executable_path=path)
+        except playwright.Error:
+            if path:
+                raise
+            pytest.skip("no Chromium is installed")
+
+        def browse(server, **context):
+            page, complaints = browser.new_context(**context).new_page(), []
+            page.set_default_timeout(15000)
+            page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+            page.on("pageerror", lambda e: complaints.append(str(e)))
+            page.on("dialog", lambda d: d.accept())
+            page.goto(f"http://127.0.0.1:{server.port}/")
+            return page, complaints
+        yield browse
+        browser.close()
+
+
+def put(page, name, data):
+    page.set_input_files("#file", [{"name": name, "mimeType": "application/pdf", "buffer": data}])
+
+
+def asked(page, question):
+    """Ask by keyboard alone; the finished card of the question."""
+    page.focus("#question")
+    page.keyboard.press("Control+A")
+    page.keyboard.type(question)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("article:first-child .answer[aria-busy=false]", state="attached")
+    return page.locator("article").first
+
+
+def test_page_uploads_asks_types_and_shows_sources_and_times(store, browse):
+    with Server(store, FakeLLM("The crossing takes 35 minutes.", delay=0.1)) as server:
+        page, complaints = browse(server, locale="en-US")
+        put(page, "handbook.pdf", HANDBOOK.read_bytes())
+        page.wait_for_selector("#documents .ready")
+        assert page.inner_text("#documents li").split("\n\n")[:2] == ["handbook.pdf", "ready, 4 pages, 6 chunks"]
+        page.evaluate("""() => { window.steps = new Set(); new MutationObserver(() => steps.add(document.querySelector(
+            ".answer").textContent)).observe(document.body, {childList: true, subtree: true}) }""")
+        card = asked(page, "How long does the crossing take?")
+        steps = sorted(page.evaluate("[...steps]"), key=len)
+        assert "The crossing " in steps and "The crossing takes 35 " in steps               # typed, word by word
+        assert card.locator("h2").inner_text() == "How long does the crossing take?"
+        assert card.locator(".answer").inner_text() == "The crossing takes 35 minutes."
+        source = card.locator("div").first.inner_text()
+        assert re.match(r"handbook.pdf, page 1, score 0\.\d\d\s+.*35 minutes", source, re.S)
+        assert "embed" in card.locator("figure").inner_text()
+        first = int(re.search(r"First token after (\d+) ms", card.locator("figure").inner_text())[1])
+        ms = [float(text.split()[-1]) for text in card.locator(".stage").all_inner_texts()]
+        wide = [piece.bounding_box()["width"] for piece in card.locator(".bar i").all()]
+        assert len(ms) >= 3 and sum(ms) == pytest.approx(first, abs=1.5)            # the stages are the whole of it
+        for m, w in zip(ms, wide, strict=True):             # and as wide as they are long
+            assert w / sum(wide) == pytest.approx(m / sum(ms), abs=0.03)
+        card.locator("summary").click()
+        assert card.locator("details blockquote").count() >= 1
+        second = asked(page, "What is the boiling point of ethanol?")
+        assert second.locator(".answer").inner_text() == "Not mentioned in the documents."
+        assert "Refused" in second.inner_text() and page.locator("article").count() == 2    # the first stays below
+        page.click("#switch")
+        assert "拒答" in page.inner_text("#answers") and "第 1 页" in page.inner_text("#answers")
+        page.click("#documents button")
+        page.wait_for_selector("#documents li", state="detached")
+        assert store.documents() == [] and complaints == []
+
+
+def test_page_runs_nothing_that_a_document_says(store, browse):
+    script, image = "<script>window.hacked=1</script>", "<img src=x onerror=window.hacked=2>"
+    text = f"The secret word of the ferry is {script} and {image} it is said."
+    with Server(store, FakeLLM(text + "\u2028It is said.\r")) as server:        # line ends of JavaScript, not of SSE
+        page, complaints = browse(server)
+        put(page, f"{image} <script>window.hacked=3.pdf", pdf(text))
+        page.wait_for_selector("#documents .ready")
+        card = asked(page, f"What is the secret word of the ferry? {image}")
+        assert card.locator(".answer").text_content() == text + "\u2028It is said."
+        assert card.locator("h2").inner_text().endswith(image)
+        assert script in card.locator("blockquote").first.inner_text() and image in page.inner_text("#documents")
+        assert page.evaluate("window.hacked") is None and page.locator("img").count() == 0
+        assert page.locator("script").count() == 1 and complaints == []
+        policy = [server.open("GET", "/").headers["Content-Security-Policy"] for _ in range(2)]
+        assert policy[0] != policy[1] and "unsafe" not in policy[0] and "default-src 'none'" in policy[0]
+
+
+def test_page_on_a_phone_in_chinese(store, browse):
+    add(store, pdf("word " * 20 + "x" * 300 + " the ferry takes minutes."), "y" * 200)
+    with Server(store, FakeLLM("the ferry takes " + "x" * 300)) as server:
+        page, complaints = browse(server, locale="zh-CN", viewport={"width": 360, "height": 640}, is_mobile=True,
+                                  has_touch=True, color_scheme="dark")
+        page.wait_for_selector("#documents .ready")
+        card = asked(page, "How many minutes does the ferry take? " + "z" * 100)
+        card.locator("summary").click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert page.evaluate("document.documentElement.lang") == "zh" and "提问" in page.inner_text("#form")
+        colour = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+        assert sum(map(int, re.findall(r"\d+", colour))) < 3 * 64 and complaints == []     # dark
+
+
+def test_page_stops_and_says_what_went_wrong(store, browse):
+    add(store, HANDBOOK.read_bytes())
+    question = "How long does the crossing take?"
+    llm = FakeLLM(" ".join(["word"] * 400), delay=0.02)
+    with Server(store, llm, key="schlüssel") as server:
+        page, _ = browse(server, locale="en-US")
+        page.fill("#key", "schlüssel")                      # 401 on the list of documents has shown the field
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#documents .ready")
+        assert page.is_hidden("#key") and page.inner_text("#problem") == ""
+        page.fill("#question", question)
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".answer:has-text('word word word')")
+        page.click("#stop")
+        page.wait_for_selector("text=Stopped.")
+        assert llm.stopped.wait(3) and page.input_value("#question") == question            # to be asked again
+        llm.stream = lambda *_: (_ for _ in ()).throw(rag.LLMError("the language model's server answered 500"))
+        assert asked(page, question).locator(".error").inner_text() == "the language model's server answered 500"
+        store.config.slots = store.config.queue = 0
+        assert "try again" in asked(page, question).locator(".error").inner_text()
+        put(page, "notes.pdf", b"hello")
+        assert "this is no PDF" in page.inner_text("#uploads .failed")
+    assert asked(page, question).locator(".error").inner_text() == "The server cannot be reached."
+
+
+def test_nginx_in_front_with_its_default_buffering(store, tmp_path):
+    """nginx collects an answer before it passes it on, unless the answer asks it not to: X-Accel-Buffering."""
+    nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if not nginx:
+        pytest.skip("nginx is not installed")
+    with Server(store, FakeLLM("The crossing takes 35 minutes.", delay=0.15)) as server:
+        ports = []
+        for _ in range(2):
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                ports.append(free.getsockname()[1])
+        site = (f"client_max_body_size 50m; location / {{ proxy_pass http://127.0.0.1:{server.port}; "
+                "proxy_set_header Host $http_host; }")     # the Host that the browser saw: it must agree with its Origin
+        folders = "".join(f"{use}_temp_path {tmp_path};" for use in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        (tmp_path / "nginx.conf").write_text(
+            f"daemon off; master_process off; pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}} http {{ "
+            f"access_log off; {folders} server {{ listen 127.0.0.1:{ports[0]}; {site} }} "
+            f"server {{ listen 127.0.0.1:{ports[1]}; proxy_ignore_headers X-Accel-Buffering; {site} }} }}")
+        process = subprocess.Popen([nginx, "-p", tmp_path, "-c", tmp_path / "nginx.conf"], stderr=subprocess.PIPE,
+                                   text=True)
+        try:
+            for _ in range(100):
+                with socket.socket() as s:
+                    if not s.connect_ex(("127.0.0.1", ports[0])):
+                        break
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.05)
+            server.port, origin = ports[0], {"Origin": f"http://127.0.0.1:{ports[0]}"}
+            big = pdf("", raw=b"BT /F1 11 Tf 50 750 Td (The crossing takes 35 minutes.) Tj ET" + b" " * (2 << 20))
+            status, row = server.json("POST", "/documents?filename=big.pdf", big, origin)   # nginx's own limit is 1 MB
+            assert (status, row["status"], row["bytes"]) == (202, "queued", len(big))
+            store.wait(60)
+
+            def seen():
+                """(event, seconds since the first one) of an answer."""
+                began, events, question = 0, [], {"question": "How long does the crossing take?"}
+                answer = server.open("POST", "/ask", json.dumps(question))
+                for line in answer:
+                    began = began or time.perf_counter()
+                    if line.startswith(b"event"):
+                        events.append((line.decode().split()[1], time.perf_counter() - began))
+                assert [event for event, _ in events] == ["sources", *["token"] * 5, "done"]
+                return [seconds for _, seconds in events]
+            at = seen()
+            assert sum(b - a > 0.1 for a, b in zip(at[:5], at[1:6])) >= 4 and at[5] - at[1] > 0.4       # one by one
+            assert server.json("GET", "/documents", headers={"Origin": "http://evil.example"})[0] == 403
+            assert server.json("GET", "/documents", headers={"Host": "evil.example"})[0] == 400
+            server.port = ports[1]      # where nginx does not listen to the header
+            assert seen()[-1] < 0.3     # all at once, at the end
+        finally:
+            process.terminate()
+            process.wait(10)
