@@ -420,3 +420,10 @@ def main():
 
 if __name__ == "__main__":
     cli(main)
+
+
+# ---- exercises ------------------------------------------------------------------------------------
+# 1. At which --lr does the training diverge? Multiply all features by 10: where is that limit now, and why?
+# 2. Give Value a tanh with its backward rule, and check it against finite differences.
+# 3. Train on the absolute error instead of the square. Which of the four gradients must change? How near does w come?
+# 4. Add momentum to train(): v = 0.9 v + gradient. Below which --lr does it help?

@@ -697,3 +697,10 @@ def main():
 
 if __name__ == "__main__":
     cli(main)
+
+
+# ---- exercises ------------------------------------------------------------------------------------
+# 1. Sample at temperatures 0.2, 0.8 and 1.5 with one seed. What breaks first, spelling, grammar or sense?
+# 2. Start with a forget bias of 0 instead of 1 and run `gradients`. How far back does the memory reach now?
+# 3. Train with --context 16 and 128. What do the losses on windows of 64 and 256 say about truncated backpropagation?
+# 4. Put GRUCell in the place of LSTMCell in CharLSTM: parameters, seconds a step, loss?

@@ -998,10 +998,20 @@ def save_adapter(model, folder, lora_alpha, rslora=False, base="", dropout=0.0):
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
                   bias="none", r=len(next(iter(layers.values())).lora_A), lora_alpha=lora_alpha, lora_dropout=dropout,
                   use_rslora=rslora, target_modules=sorted({path.rsplit(".", 1)[1] for path in layers}))
+    weights = "nf4" if any(isinstance(layer.base, NF4Linear) for layer in layers.values()) else "full"
     with replacing(folder / "adapter_model.safetensors") as tmp:
-        save_tensors({k: v.contiguous().cpu() for k, v in adapter_tensors(model).items()}, tmp)
+        save_tensors({k: v.contiguous().cpu() for k, v in adapter_tensors(model).items()}, tmp, base=weights)
     with replacing(folder / "adapter_config.json") as tmp:
         tmp.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def trained_on(folder):
+    """The kind of base, nf4 or full, that an adapter says it was trained on; nf4 if it says nothing."""
+    try:
+        with safetensors.safe_open(pathlib.Path(folder) / "adapter_model.safetensors", "pt") as f:
+            return (f.metadata() or {}).get("base", "nf4")
+    except (OSError, safetensors.SafetensorError):                      # load_adapter will say what is wrong
+        return "nf4"
 
 
 def load_adapter(model, folder):
@@ -1043,9 +1053,9 @@ def merge_lora(model, dtype=torch.float32):
     return replaced(model, lambda layer: linear(dense(layer).to(dtype), layer.bias)).eval()
 
 
-def save_tensors(tensors, path):
+def save_tensors(tensors, path, **metadata):
     try:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt", **metadata})
     except safetensors.SafetensorError as e:                            # the library's own word for a full disk
         raise OSError(errno.ENOSPC, str(e)) from None
 
@@ -1563,7 +1573,8 @@ def main():
         if p in (talker, merger):
             p.add_argument("--adapter", type=pathlib.Path, required=p is merger, help="folder of a PEFT LoRA adapter")
         if p is not quantizer:
-            p.add_argument("--base", choices=["nf4", "full"], default="nf4", help="what adapters sit on (default: nf4)")
+            p.add_argument("--base", choices=["nf4", "full"], help="what adapters sit on (default: %s)"
+                           % ("nf4" if p is trainer else "what this one was trained on"))
         if p in (merger, quantizer):
             p.add_argument("--to", type=pathlib.Path, help="(default: out/pirate, out/nf4)",
                            default=OUT / ("pirate" if p is merger else "nf4"))
@@ -1571,13 +1582,15 @@ def main():
                            help="of what is not in 4 bits (default: bfloat16)")
     args = parser.parse_args()
     device, out = pick_device(getattr(args, "device", "auto")), getattr(args, "out", OUT / "lesson5")
+    adapter = getattr(args, "adapter", None)
+    base = getattr(args, "base", None) or (trained_on(adapter) if adapter else "nf4")
     try:
         if args.command is None:
             return story(out, OUT / "pirate", device)
         if args.command == "train":
             before = load_checkpoint(out / "last.ckpt")["config"] if args.resume else {}
             config = TrainConfig(**{**before, **given(args, TrainConfig)})
-            model, tokenizer = load_model(args.model, args.base, device)
+            model, tokenizer = load_model(args.model, base, device)
             conversations, long = read_conversations(config.data or PIRATE, tokenizer, config.max_tokens)
             print(f"{len(conversations)} conversations, {long} left out as longer than --max-tokens", flush=True)
             plot_loss(train(add_adapter(model, config), tokenizer, conversations, config, out, args.resume), out)
@@ -1585,14 +1598,14 @@ def main():
             print(f"the adapter, loss.png and loss.csv are in {out}")
         elif args.command == "chat":
             packed = device.type == "cpu" and args.bits < 16
-            weights = args.base if args.adapter else f"int{args.bits}" if packed else "full"
+            weights = base if args.adapter else f"int{args.bits}" if packed else "full"
             model, tokenizer = load_model(args.model, weights, device)
             if args.adapter:
                 model = for_decoding(load_adapter(model, args.adapter), args.bits)
             chat(model, tokenizer, args.system, args.prompt, dataclasses.asdict(ChatConfig(**given(args, ChatConfig))))
         else:
             dtype = getattr(torch, args.dtype)
-            model, tokenizer = load_model(args.model, getattr(args, "base", "nf4"), device, dtype)
+            model, tokenizer = load_model(args.model, base, device, dtype)
             if args.command == "merge":
                 model = merge_lora(load_adapter(model, args.adapter), dtype)
             print(f"written to {export_hf(model, tokenizer, args.to, dtype)}, {megabytes(model):.1f} MB")

@@ -13,11 +13,6 @@ A question goes through: embed -> search (dense and BM25) -> fuse -> rerank -> g
 `done` event, the log and /metrics say how long each took. Many are answered at once, one token each per step.
 Left out on purpose: OCR, accounts, several machines (all vectors are in one process: good to about 100,000 chunks).
 Letters: T tokens of a text, C width of a vector, H heads, D = C / H, N chunks, S sentences of a chunk, B sequences.
-
-Exercises: 1. Ask the handbook with --top-k 1, 4 and 8: which answers change, and the first token? 2. Set --chunk-tokens
-to 60: what happens to the table of fares? 3. Give `Prefixes` a counter and see in /metrics how often the instructions
-alone are reused. 4. Let step() take chunks of two prompts at once: what becomes of the first token of 8 clients?
-5. Make gate 1 ask the model "Does the passage answer the question?" and measure it with tests/eval_lesson6.py.
 """
 import argparse                         # --help shows the text above
 import asyncio                          # the server waits for many clients at once
@@ -2047,9 +2042,10 @@ def show_first_token(store, llm, play):
         *_, (_, data) = answer(store, llm, question, top_k, play)
         ms, tokens = data["timings"], data["tokens"]
         times.append(ms["first_token"])
-        print(f"{name:34}{tokens.get('prompt', 0):8}{tokens.get('cached', 0):7}{ms.get('prefill', 0):9.0f}{times[-1]:9.0f}")
-    print("Read: reading the prompt is nearly all of it. Fewer passages are fewer tokens to read; a beginning that was read"
-          "\nbefore costs nothing; and what is refused before the model costs a search.")
+        print(f"{name:34}{tokens.get('prompt', 0):8}{tokens.get('cached', 0):7}{ms.get('prefill', 0):9.0f}"
+              f"{times[-1]:9.0f}")
+    print("Read: reading the prompt is nearly all of it. Fewer passages are fewer tokens to read; a beginning that was "
+          "read\nbefore costs nothing; and what is refused before the model costs a search.")
     return times[0] / times[3]
 
 
@@ -2064,7 +2060,8 @@ def show_many(store, llm):
             done = list(pool.map(lambda q: [data for _, data in answer(store, llm, q)][-1], FERRY))
         seconds = time.perf_counter() - clock
         said.append([data["answer"] for data in done])
-        made, slowest = (sum(d["tokens"].get("answer", 0) for d in done), max(d["timings"]["first_token"] for d in done))
+        made = sum(data["tokens"].get("answer", 0) for data in done)
+        slowest = max(data["timings"]["first_token"] for data in done)
         print(f"{name:16}{seconds:9.1f}{made / seconds:10.1f}{slowest:19.0f} ms")
     print("Read: a step reads all weights from memory for one token or for eight; so eight streams share its price. To"
           "\nread a prompt is arithmetic, not memory: prompts are still one after another, and the last one waits.")
@@ -2173,3 +2170,11 @@ def main(argv=None):
 
 if __name__ == "__main__":
     cli(main)
+
+
+# ---- exercises ------------------------------------------------------------------------------------
+# 1. Ask the handbook with --top-k 1, 4 and 8: which answers change, and how long does the first token take?
+# 2. Set --chunk-tokens to 60: what happens to the table of fares?
+# 3. Count in Prefixes how often the instructions alone are reused, and show it in /metrics.
+# 4. Let step() compute chunks of two prompts at once. What becomes of the first token of 8 clients?
+# 5. Let gate 1 ask the model whether the passage answers the question; measure it with tests/eval_lesson6.py.

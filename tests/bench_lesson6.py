@@ -152,13 +152,10 @@ def kill(args):
 TALK = ["Tell me a story about a cat.", "Explain what a database index is.", "Describe a walk along the sea.",
         "How does a bicycle stay upright?", "What should I know about growing tomatoes?", "Why is the sky blue?",
         "Write a letter to a friend about a holiday.", "Explain how bread is baked."] * 2
-FERRY = ["How many minutes does the crossing take?", "When was the Petrel built?", "Where was the ferry built?",
-         "How many passengers does the ferry carry?", "How long does it take to charge the battery?",
-         "When does the first ferry leave Larkholm in summer?", "In which wind are all crossings cancelled?",
-         "Where do bicycles travel?", "Which animals may enter every deck?", "Up to what age do children travel free?",
-         "Within how many days can a ticket be returned?", "What fee is kept when a ticket is returned?",
-         "How long are tickets for ten crossings valid?", "How long is lost property kept at the office?",
-         "What is the telephone number for lost property?", "How are cancelled crossings announced?"]
+HAMLET = ["What does the ghost tell Hamlet about his murder?", "What advice does Polonius give to Laertes?",
+          "What does Marcellus say about the ghost?", "Why does young Fortinbras want lands?",
+          "What does the king say about the death of his brother?", "What poison was poured into the king's ear?",
+          "How does Ophelia describe Hamlet's letters and love?", "What does Hamlet say about his mother's marriage?"]
 OFF_TOPIC = ["What is the boiling point of ethanol?", "Who painted the Mona Lisa?", "How do I install Linux on a laptop?"]
 
 
@@ -197,15 +194,21 @@ def engine(args):
 
 @contextlib.contextmanager
 def served(*settings):
-    """The port and process of a server with the default model that has the handbook indexed."""
+    """The port and process of a server with the default model that has the handbook and an act of Hamlet indexed."""
+    from test_lesson6 import pdf
+    play = load_plays()
+    lines = play[play.index("SCENE I. Elsinore"):][:42000].split("\n")
+    files = {"handbook": (ROOT / "lesson6_handbook.pdf").read_bytes(),
+             "hamlet": pdf(*["\n".join(lines[i:i + 50]) for i in range(0, len(lines), 50)])}
     with tempfile.TemporaryDirectory() as folder:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("LLM_", "RAG_"))}
         process = subprocess.Popen([sys.executable, str(ROOT / "lesson6_rag_server.py"), "serve", "--port", "0", "--data", folder,
                                     *map(str, settings)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
         port = int(process.stdout.readline().rsplit(":", 1)[1])
         try:
-            call(port, "POST", "/documents?filename=handbook.pdf", (ROOT / "lesson6_handbook.pdf").read_bytes())
-            while call(port, "GET", "/documents")["documents"][0]["status"] != "ready":
+            for name, data in files.items():
+                call(port, "POST", f"/documents?filename={name}.pdf", data)
+            while any(row["status"] != "ready" for row in call(port, "GET", "/documents")["documents"]):
                 time.sleep(0.1)
             yield port, process
         finally:
@@ -253,7 +256,7 @@ def crowd(port, questions, clients, **body):
 
 
 def load(args):
-    """TTFT and what lowers it. Each row is a fresh server; a row of `again` has answered the same questions before."""
+    """TTFT and what lowers it. Each row is a fresh server."""
     rows, off = [], ("--prefix-tokens", 0)
 
     def row(name, settings, questions, clients, again=False, **body):
@@ -274,14 +277,17 @@ def load(args):
 
     print(f"{'':34}{'clients':>8}{'TTFT p50':>10}{'TTFT p95':>10}{'prefill':>10}{'ITL p50':>10}{'tokens/s':>10}{'errors':>8}")
     for k in (8, 4, 2):
-        row(f"top_k {k}, no prefix cache", off, FERRY, 1, top_k=k)
-    row("top_k 4, chunks of 100 tokens, none", (*off, "--chunk-tokens", 100), FERRY, 1, top_k=4)
+        row(f"top_k {k}", off, HAMLET, 1, top_k=k)
+    row("top_k 4, chunks of 100 tokens", (*off, "--chunk-tokens", 100), HAMLET, 1, top_k=4)
     for k in (8, 4, 2):
-        row(f"top_k {k}, prefix cache, again", (), FERRY, 1, again=True, top_k=k)
+        row(f"top_k {k}, prefix cache, asked before", (), HAMLET, 1, again=True, top_k=k)
     row("refused before the model", (), OFF_TOPIC * 7, 1)
+    same = [HAMLET[0][:-1] + end for end in ("?", " in the play?", " at night?", ", the king?", " by poison?", " alone?",
+                                             " and crime?", " most foul?")]
+    row("one document set, first question", (), same[:1], 1, top_k=4)
     for slots in (1, 4, 8, 16):
-        row(f"top_k 4, {slots} slots, cache, again", ("--slots", slots), FERRY, slots, again=True, top_k=4)
-    row("top_k 4, 8 slots, no cache", off, FERRY, 8, top_k=4)
+        row(f"one document set, {slots} slots", ("--slots", slots), (same * 2)[:max(8, slots)], slots, top_k=4)
+    row("other passages each, 8 slots", (), HAMLET, 8, top_k=4)
     out = rag.OUT / "lesson6"
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "ttft.csv", "w", newline="", encoding="utf-8") as f:
@@ -309,7 +315,7 @@ def idle(args):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             connection.request("POST", "/ask", json.dumps({"question": OFF_TOPIC[i % 3]}))
             sleeping.append(connection)
-        found, seconds = crowd(port, (FERRY + FERRY)[:20], 20)
+        found, seconds = crowd(port, (HAMLET * 3)[:20], 20)
         print(f"200 open streams that nobody reads, 20 at once ask: {sum(f['status'] == 200 for f in found)} of 20 answered "
               f"in {seconds:.1f} s, TTFT p95 {quantile([f['ttft'] for f in found], .95):.0f} ms, running afterwards "
               f"{gauge(port, 'rag_running'):.0f}")
@@ -331,7 +337,7 @@ def soak(args):
                 kept.append(row["id"])
             if i % 10 == 5:
                 call(port, "DELETE", f"/documents/{kept.pop(0)}")
-            status = ask(port, (FERRY + OFF_TOPIC)[i % 19], top_k=2)["status"]
+            status = ask(port, (HAMLET + OFF_TOPIC)[i % 11], top_k=2)["status"]
             statuses[status] = statuses.get(status, 0) + 1
         marks = []
         for start in range(0, args.questions, 50):
@@ -350,7 +356,7 @@ def leave(args):
     with served("--answer-tokens", 400, "--prefix-tokens", 0) as (port, _):
         def gone(name, stream, wait_for, top_k):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            connection.request("POST", "/ask", json.dumps({"question": FERRY[0], "stream": stream, "top_k": top_k}))
+            connection.request("POST", "/ask", json.dumps({"question": HAMLET[0], "stream": stream, "top_k": top_k}))
             answer = None
             if wait_for:
                 answer = connection.getresponse()
