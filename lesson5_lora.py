@@ -769,9 +769,9 @@ class PackedLinear(nn.Module):
         if len(rows) >= 16:
             y = rows @ (self.many if self.bits == 4 else (self.q * self.scale).to(x.dtype)).T   # (rows,in) @ (in,out)
         elif self.bits == 8:
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.q, self.scale.flatten()).to(x.dtype)
+            y = torch._weight_int8pack_mm(rows.bfloat16().contiguous(), self.q, self.scale.flatten()).to(x.dtype)
         else:
-            rows = rows.bfloat16() if self.planes == 1 else rows.bfloat16().repeat(1, self.planes)
+            rows = rows.bfloat16().contiguous() if self.planes == 1 else rows.bfloat16().repeat(1, self.planes)
             y = torch._weight_int4pack_mm_for_cpu(rows, self.q, 32, self.scale).to(x.dtype)
         y = y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])         # (rows,out) -> (..,out)
         return y if self.bias is None else y + self.bias
@@ -804,19 +804,20 @@ def replaced(model, make):
 
 
 def for_decoding(model, bits=8):
-    """A copy that generates fast: adapters merged; on a CPU the layers packed, and the head always in 8 bits."""
+    """A copy that generates fast: adapters merged; on a CPU the layers in 4 or 8 bits, and the head always in 8; with
+    bits 16, and elsewhere, all in the model's dtype."""
     table, head = model.embed_tokens.weight, model.lm_head
-    if table.device.type != "cpu" or bits == 16:
-        return merge_lora(model, table.dtype)
+    bits = bits if table.device.type == "cpu" else 16
     twin = replaced(model, lambda layer: layer).eval()
     with torch.no_grad():
         twin.layers = nn.ModuleList(PackedBlock(block, bits, table.dtype) for block in model.layers)
-    twin.lm_head = PackedLinear(head.weight, None, bits, table.dtype, planes=2)
+    if bits < 16:
+        twin.lm_head = PackedLinear(head.weight, None, bits, table.dtype, planes=2)
     return twin
 
 
 class PackedBlock(nn.Module):
-    """A Block for generation on a CPU: its layers packed, those that read the same input into one. For a single token
+    """A Block for generation: its layers packed, those that read the same input into one. For a single token
     a call costs as much as a product, so there are as few as will do."""
 
     def __init__(self, block, bits, dtype):
@@ -826,8 +827,8 @@ class PackedBlock(nn.Module):
         for name, layers in (("qkv", (a.q_proj, a.k_proj, a.v_proj)), ("o", (a.o_proj,)),
                              ("gate_up", (m.gate_proj, m.up_proj)), ("down", (m.down_proj,))):
             biases = [layer.bias for layer in layers if layer.bias is not None]
-            setattr(self, name, PackedLinear(torch.cat([dense(layer) for layer in layers]),
-                                             torch.cat(biases) if biases else None, bits, dtype))
+            weight, bias = torch.cat([dense(layer) for layer in layers]), torch.cat(biases) if biases else None
+            setattr(self, name, linear(weight.to(dtype), bias) if bits == 16 else PackedLinear(weight, bias, bits, dtype))
         for name, norm in (("before", block.input_layernorm), ("between", block.post_attention_layernorm)):
             self.eps = norm.eps
             self.register_buffer(name, norm.weight.repeat(2))           # (2C,)
@@ -1618,3 +1619,11 @@ def main():
 
 if __name__ == "__main__":
     cli(main)
+
+
+# ---- exercises ------------------------------------------------------------------------------------
+# 1. Chat at --temperature 0.7 with --seed 1 and 2, then with --repetition-penalty 1.3: when does the pirate ramble?
+# 2. Train with --target-modules q_proj,v_proj: how many parameters, which loss, and does it still say 俺?
+# 3. Let supervised mark every token, not only the assistant's words: what does the adapter learn instead?
+# 4. Start B at random instead of 0 and A at 0: what changes in the first step, and what if both start at 0?
+# 5. Quantize the embedding as well, as NF4Linear does a layer: what becomes of the size, and of show_merges?

@@ -159,6 +159,12 @@ HAMLET = ["What does the ghost tell Hamlet about his murder?", "What advice does
 OFF_TOPIC = ["What is the boiling point of ethanol?", "Who painted the Mona Lisa?", "How do I install Linux on a laptop?"]
 
 
+FERRY = ["How many minutes does the crossing take?", "When was the Petrel built?", "Where was the ferry built?",
+         "How many passengers does the ferry carry?", "How long does it take to charge the battery?",
+         "In which wind are all crossings cancelled?", "Within how many days can a ticket be returned?",
+         "How long is lost property kept at the office?"]
+
+
 def quantile(values, q):
     return sorted(values)[min(len(values) - 1, int(len(values) * q))]
 
@@ -168,7 +174,7 @@ def engine(args):
     print(f"{'at once':>8}{'tokens/s':>10}{'ratio':>7}{'TTFT p50':>10}{'TTFT p95':>10}{'ITL p50':>9}   all in ms")
     base = None
     for n in (1, 4, 8, 16):
-        llm, tokens, firsts, gaps = rag.LocalLLM(config=rag.Config(slots=n, prefix_tokens=0)), 0, [], []
+        llm, tokens, firsts, gaps = rag.LocalLLM(config=rag.Config(slots=n, prefix_tokens=0, bits=args.bits)), 0, [], []
 
         def read(question):
             clock, stamps = time.perf_counter(), []
@@ -262,6 +268,9 @@ def load(args):
     def row(name, settings, questions, clients, again=False, **body):
         with served(*settings) as (port, _):
             ask(port, OFF_TOPIC[0])     # the first search of a process is slow
+            if "documents" in body:
+                body["documents"] = [row["id"] for row in call(port, "GET", "/documents")["documents"]
+                                     if row["name"].startswith(body["documents"])]
             if again:
                 crowd(port, questions, 1, **body)
             found, seconds = crowd(port, questions, clients, **body)
@@ -280,13 +289,12 @@ def load(args):
         row(f"top_k {k}", off, HAMLET, 1, top_k=k)
     row("top_k 4, chunks of 100 tokens", (*off, "--chunk-tokens", 100), HAMLET, 1, top_k=4)
     for k in (8, 4, 2):
-        row(f"top_k {k}, prefix cache, asked before", (), HAMLET, 1, again=True, top_k=k)
+        row(f"top_k {k}, prefix cache, asked before", ("--prefix-tokens", 16384), HAMLET, 1, again=True, top_k=k)
     row("refused before the model", (), OFF_TOPIC * 7, 1)
-    same = [HAMLET[0][:-1] + end for end in ("?", " in the play?", " at night?", ", the king?", " by poison?", " alone?",
-                                             " and crime?", " most foul?")]
-    row("one document set, first question", (), same[:1], 1, top_k=4)
+    row("same passages, the first question", (), FERRY[:1], 1, top_k=4, documents="handbook")
     for slots in (1, 4, 8, 16):
-        row(f"one document set, {slots} slots", ("--slots", slots), (same * 2)[:max(8, slots)], slots, top_k=4)
+        row(f"same passages, {slots} slots", ("--slots", slots), (FERRY * 2)[:max(8, slots)], slots, top_k=4,
+            documents="handbook")
     row("other passages each, 8 slots", (), HAMLET, 8, top_k=4)
     out = rag.OUT / "lesson6"
     out.mkdir(parents=True, exist_ok=True)
@@ -385,6 +393,7 @@ if __name__ == "__main__":
     parser.add_argument("--times", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--bits", type=int, default=16)
     parser.add_argument("--questions", type=int, default=500)
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
