@@ -316,12 +316,19 @@ def parse_child():
     except (ImportError, ValueError, OSError):
         pass                            # macOS knows RLIMIT_AS but does not grant it
     import pypdf
+    try:
+        from pypdf.generic._font import Font
+        read = Font.from_font_resource
 
-    def spaces(operator, operands, *_):
-        """Where a font has no space, words are only set apart, and pypdf sees no gap that is less than half of what it
-        believes a space to be: most of justified text would be one word. A sixth of the letter height is a gap."""
-        if operator == b"TJ" and operands and isinstance(operands[0], list):
-            operands[0][:] = [" " if isinstance(x, (int, float)) and x < -160 else x for x in operands[0]]
+        def with_narrow_space(*args, **options):
+            """Where a font has no space, words are only set apart, and pypdf takes another letter's width for that of a
+            space: it would join most words of justified text. No space is wider than 0.3 of the letters' height."""
+            font = read(*args, **options)
+            font.space_width = min(font.space_width, 300)
+            return font
+        Font.from_font_resource = with_narrow_space
+    except ImportError:
+        pass                            # another pypdf than the one this was written for: more words are joined
 
     pages, bad, why, size = [], [], "", 0
     try:
@@ -332,7 +339,7 @@ def parse_child():
             raise ValueError(f"it has {len(reader.pages)} pages, more than --max-pages {most}")
         for number, page in enumerate(reader.pages, 1):
             try:
-                pages.append(page.extract_text(visitor_operand_before=spaces))
+                pages.append(page.extract_text())
             except MemoryError:
                 raise
             except Exception as e:      # one broken page is no reason to lose the others
