@@ -765,6 +765,9 @@ class Snapshot:
         self.segments, self.graph = segments, graph
         self.chunks = [c for s in segments for c in s.chunks]
         self.names = {s.doc: s.name for s in segments}
+        self.lengths = np.concatenate([np.zeros(0, np.float32)] + [s.lengths for s in segments])        # (N,)
+        ends = np.cumsum([0] + [len(s.chunks) for s in segments])
+        self.shifts = [np.array([[end], [0]]) for end in ends]  # from positions in a segment to positions here
         self.vectors = np.concatenate([s.vectors for s in segments]) if segments else None    # (N,C)
         if graph:
             same = collections.defaultdict(list)                # where the same words stand
@@ -797,14 +800,11 @@ class Snapshot:
 
     def bm25(self, idf, k1=1.2, b=0.75):
         """Scores (N,) for the terms in idf: rare ones count more, repetitions and long chunks less. Robertson 1994."""
-        scores, base = np.zeros(len(self.chunks), np.float32), 0
-        mean = sum(s.lengths.sum() for s in self.segments) / max(len(self.chunks), 1)
-        for s in self.segments:
-            for t, weight in idf.items():
-                if t in s.places:
-                    i, n = s.places[t]
-                    scores[base + i] += weight * n / (n + k1 * (1 - b + b * s.lengths[i] / mean))
-            base += len(s.chunks)
+        scores = np.zeros(len(self.chunks), np.float32)
+        for t, weight in idf.items():
+            if found := [s.places[t] + shift for s, shift in zip(self.segments, self.shifts) if t in s.places]:
+                i, n = np.concatenate(found, 1)                         # (2,n): chunk, occurrences
+                scores[i] += weight * n / (n + k1 * (1 - b + b * self.lengths[i] / self.lengths.mean()))
         return scores
 
 
@@ -814,14 +814,14 @@ class Hit:
     chunk: Chunk
     name: str
     score: float
-    quote: str                          # its best sentence and the next
+    quote: str                          # the three sentences in it that say most
     legs: dict                          # rank in each leg of the search, counted from 1
 
 
 @dataclasses.dataclass
 class Retrieval:
     hits: list                          # best first
-    score: float                        # evidence in the best
+    score: float                        # evidence in the best, half if nothing in it is of the kind asked for
     refused: bool                       # it is too little: gate 1
     dense: bool                         # False: the encoder cannot read the question, so BM25 searched alone
     ms: dict                            # milliseconds of each stage
@@ -834,7 +834,7 @@ def best(scores, n):
     return [int(i) for i in top[np.argsort(-scores[top], kind="stable")] if scores[i] > 0]
 
 
-def retrieve(store, question, top_k=4, snapshot=None, depth=50, candidates=30):
+def retrieve(store, question, top_k=4, snapshot=None, depth=50, candidates=15):
     """The top_k chunks for a question: Retrieval. Two legs, fused by reciprocal rank, then reranked by evidence."""
     ms, clock = {}, time.perf_counter()
 
@@ -844,7 +844,7 @@ def retrieve(store, question, top_k=4, snapshot=None, depth=50, candidates=30):
     snapshot = snapshot or store.snapshot
     asked = Question(question, store.embedder, snapshot)
     lap("embed")
-    legs = {"bm25": best(snapshot.bm25(asked.idf), depth)}
+    legs = {"bm25": best(snapshot.bm25(asked.terms), depth)}
     if asked.vector is not None:
         legs["dense"] = snapshot.nearest(asked.vector, depth)
     lap("search")
@@ -858,18 +858,25 @@ def retrieve(store, question, top_k=4, snapshot=None, depth=50, candidates=30):
         score, quote = asked.evidence(chunk, tokens.get(chunk.id))
         places = {name: rank.get(i) for name, rank in ranks.items()} | {"fused": order.index(i) + 1}
         hits.append(Hit(chunk, snapshot.names[chunk.doc], score, quote, places))
-    hits.sort(key=lambda hit: -hit.score)
+    hits.sort(key=lambda hit: -hit.score - 0.05 / hit.legs["fused"])
     lap("rerank")
     score, dense = hits[0].score if hits else 0.0, asked.vector is not None
+    if hits and lacks(question, hits[0].quote):
+        score /= 2
     limit = store.config.threshold if store.config.threshold >= 0 else THRESHOLD["dense" if dense else "lexical"]
     return Retrieval(hits[:top_k], score, score < limit, dense, ms)
+
+
+ASKING = set(terms("who whom whose what which when where why how many much do does did 什么 多少 哪个 哪些 哪种 哪里 哪条 怎样 怎么 "
+                   "如何 为什么样 么办 是什 用什 叫什 多久 多长 几个 几年 哪一 应该 应当 可以"))      # they occur anywhere
 
 
 class Question:
     """What a question is compared by: its terms and how telling each is, its vector, and those of its tokens."""
 
     def __init__(self, text, embedder, snapshot):
-        self.idf = snapshot.idf(terms(text))
+        self.terms = snapshot.idf(terms(text))
+        self.idf = {t: weight for t, weight in self.terms.items() if t not in ASKING} or self.terms
         self.total = sum(self.idf.values()) or 1.0
         self.vector = None
         words = [(word, embedder.tokenizer.pieces(word)) for word in embedder.tokenizer.words(text)]
@@ -883,34 +890,56 @@ class Question:
             weight = weight[:len(self.tokens)]
             self.weight = np.array(weight, np.float32) / (sum(weight) or 1)                     # (Q,)
 
-    def evidence(self, chunk, tokens):
-        """How much speaks for the answer being in this chunk, 0..1, and the sentence that says most, with the next.
+    def evidence(self, chunk, tokens, width=3):
+        """How much speaks for the answer being in this chunk, 0..1, and the `width` sentences that say most.
 
-        Coverage: the share of the question's terms, weighted by how rare they are, that occur in the chunk, and in two
-        neighbouring sentences. If the encoder reads both, also late interaction: each token of the question looks for
-        the most similar token of the chunk (Khattab & Zaharia 2020); and the cosine of the whole."""
+        Coverage: the share of the question's terms, weighted by how rare they are, that occur in the chunk, and in
+        these sentences. If the encoder reads both, also late interaction: each token of the question looks for the
+        most similar token (Khattab & Zaharia 2020); and the cosine of the whole."""
         found = [set(terms(chunk.text[a:b])) for a, b, _ in chunk.spans]
-
-        def cover(*sets):
-            return sum(w for t, w in self.idf.items() if any(t in s for s in sets)) / self.total
-        alone = [cover(s) for s in found]
-        pair = max(cover(*two) for two in zip(found, found[1:] + [set()]))
-        score = (cover(*found) + pair) / 2
-        if tokens is not None and self.vector is not None:
+        if dense := tokens is not None and self.vector is not None:
             x = tokens / np.linalg.norm(tokens.astype(np.float32), axis=1, keepdims=True)
             match = self.tokens @ x.T                                                           # (Q,128) @ (128,T)
-            score = (score + float(self.weight @ match.max(1)) + float(chunk.vector @ self.vector)) / 3
             ends = np.cumsum([n for _, _, n in chunk.spans])
-            alone = [c + float(self.weight @ match[:, e - n:e].max(1)) if n and e <= len(x) else c
-                     for c, e, (_, _, n) in zip(alone, ends, chunk.spans)]
-        said = int(np.argmax(alone))
-        return score, chunk.text[chunk.spans[said][0]:chunk.spans[min(said + 1, len(found) - 1)][1]]
+
+        def cover(first, last):
+            return sum(w for t, w in self.idf.items() if any(t in f for f in found[first:last])) / self.total
+
+        def similar(first, last):       # tokens beyond the encoder's length have no vectors
+            part = match[:, ends[first] - chunk.spans[first][2]:ends[last - 1]] if dense else np.zeros((0, 0))
+            return float(self.weight @ part.max(1)) if part.size else 0.0
+        windows = [(i, min(i + width, len(found))) for i in range(max(1, len(found) - width + 1))]
+        said = max(windows, key=lambda window: (cover(*window) + similar(*window), window))
+        score = (cover(0, len(found)) + max(cover(*window) for window in windows)) / 2
+        if dense:
+            score = (score + similar(0, len(found)) + float(chunk.vector @ self.vector)) / 3
+        return score, chunk.text[chunk.spans[said[0]][0]:chunk.spans[said[1] - 1][1]]
 
 
 # ---- refusal --------------------------------------------------------------------------------------
 
 REFUSAL = {"en": "Not mentioned in the documents.", "zh": "文档未提及。"}
 THRESHOLD = {"dense": 0.34, "lexical": 0.14}        # for MiniLM, by tests/eval_lesson6.py; else --threshold
+
+
+NUMBER = (r"(?i)\d+|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|sixty|"
+          r"seventy|eighty|ninety|hundred|thousand|million|half|once|twice|every)\b|[二三四五六七八九十百千万两半](?!分)")
+DATE = r"\b(?:1[89]|20)\d\d\b|\b(?:Jan|Febr)uary\b|\b(?:March|April|May|June|July|August|(?:Sept|Nov|Dec)ember|October)\b|\d ?[年月日]"
+KINDS = [                               # what a question asks for, and what a sentence must contain to say it
+    (r"\bhow much money\b|\b(price|cost|fee|salary)\b|多少钱|价格|报酬|费用", r"(?i)[$€£¥元]|\b(?:dollar|euro|usd|eur)"),
+    (r"^(\w+ )?how (many|much|often|long|old|large|big|fast)\b|^\w+ (is |was )?(the )?(\w+ )?(version|number|size)\b|"
+     r"多少|几(?!乎)|多[久长大]|(什么|哪个)版本|端口", NUMBER),
+    (r"^(\w+ )?(when|(what|which) (year|date|day|month))\b|哪一?年|何时|什么时候", DATE),
+    (r"^who\b", r"(?<=[a-z,;(] )[A-Z][a-z]+ [A-Z][a-z]+")]
+
+
+def lacks(question, text):
+    """Whether the question asks for a number, a date, a sum or a person and text names none but the question's own. The
+    nearest sentences to "How much does it cost?" are about it all the same: evidence alone would not refuse."""
+    for asks, says in KINDS:
+        if re.search(asks, question, re.I):
+            return not set(re.findall(says, text)) - set(re.findall(says, question))
+    return False
 
 
 def language(question):

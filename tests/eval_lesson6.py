@@ -61,15 +61,17 @@ def ask(store, question, doc, llm):
     """One row of results: ranks of the right page in each leg, the refusal score, and with an LLM the answer."""
     snapshot = store.snapshot.only([doc]) if doc else store.snapshot
     found = rag.retrieve(store, question["question"], 50, snapshot)
+    legs = rag.retrieve(store, question["question"], 50, snapshot, candidates=100).hits     # all that any leg found
     gold = pages_of(question)
 
-    def rank(key):
-        hits = sorted((h for h in found.hits if key(h) is not None), key=key)
-        return next((i for i, h in enumerate(hits, 1) if h.chunk.page in gold and
-                     (not doc or h.chunk.doc == doc) and h.name == question["pdf"]), 999)
+    def right(h):
+        return h.chunk.page in gold and h.name == question["pdf"] and (not doc or h.chunk.doc == doc)
+
+    def rank(leg):
+        return min((h.legs[leg] for h in legs if right(h) and h.legs.get(leg)), default=999)
     row = dict(question, score=found.score, dense_on=found.dense, refused_by_gate=found.refused,
-               ranks={"bm25": rank(lambda h: h.legs["bm25"]), "dense": rank(lambda h: h.legs.get("dense")),
-                      "fused": rank(lambda h: h.legs["fused"]), "reranked": rank(lambda h: -h.score)})
+               ranks={leg: rank(leg) for leg in LEGS[:3]} |
+               {"reranked": next((i for i, h in enumerate(found.hits, 1) if right(h)), 999)})
     if llm:
         for event, data in rag.answer(store, llm, question["question"], snapshot=snapshot):
             if event == "sources":
