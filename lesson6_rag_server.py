@@ -59,7 +59,6 @@ from torch.nn import functional as F    # linear, layer norm, GELU
 from lesson1_linreg import BadInput, Parser, cli, flag, given, replacing, report
 from lesson2_mlp import pick_device
 from lesson3_charrnn import OUT, choose, fetch_wheel, load_plays
-from lesson4_gpt import ScaledDotProductAttention
 from lesson5_lora import KVCache, Pieces, for_decoding, load_adapter, load_model
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -239,7 +238,6 @@ class Embedder:
         self.longest = min(read("sentence_bert_config.json", {}).get("max_seq_length", 512), 512)
         self.width, self.id = self.config["hidden_size"], hashlib.sha256(
             self.weights["embeddings.word_embeddings.weight"].numpy().tobytes()).hexdigest()[:16]
-        self.attend = ScaledDotProductAttention()
         noise = torch.randn(self.width, min(128, self.width), generator=torch.Generator().manual_seed(0))
         self.projection = torch.linalg.qr(noise).Q                                              # (C,128)
 
@@ -268,7 +266,8 @@ class Embedder:
             mixed = []
             for qkv in linear(x, layer + "attention.qkv").split(lengths):                       # (T,3C)
                 q, k, v = qkv.unflatten(1, (3, 1, H, -1)).permute(1, 2, 3, 0, 4)                # -> 3 x (1,H,T,D)
-                mixed.append(self.attend(q, k, v, 0.0)[0][0].transpose(0, 1).flatten(1))        # -> (T,C)
+                heads = F.scaled_dot_product_attention(q, k, v)[0]    # lesson 4's formula, fused     (H,T,D)
+                mixed.append(heads.transpose(0, 1).flatten(1))                                # -> (T,C)
             x = x + linear(torch.cat(mixed), layer + "attention.output.dense")
             x = norm(x, layer + "attention.output.LayerNorm")
             inner = F.gelu(linear(x, layer + "intermediate.dense"))                             # (sum of T, 4C)
