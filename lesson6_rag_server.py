@@ -2214,11 +2214,10 @@ def main(argv=None):
     if args.command == "serve":
         return serve(config)
     with contextlib.ExitStack() as stack:
-        llm = stack.enter_context(contextlib.closing(make_llm(config))) if args.command == "ask" else None
         store = stack.enter_context(contextlib.closing(open_store(config)))
         if args.command == "ingest":
             return ingest(store, args.files)
-        say(store, llm, args.question)
+        say(store, stack.enter_context(contextlib.closing(make_llm(config))), args.question)
     return 0
 
 
