@@ -952,22 +952,31 @@ def says_no(answer):
                           answer[:120], re.I))
 
 
-def supported(answer, hits, question):
-    """Whether the passages say what the answer says: every number of it, and most of its words, stand there."""
-    there = set(terms(question)) | {t for hit in hits for t in terms(hit.chunk.text)}
-    said = terms(answer)
+def supported(answer, hits, question, strict=False):
+    """Whether the passages say what the answer says: every number of it, and most of its words, stand there. strict:
+    all that the question did not say, and within two neighbouring sentences. A small model puts the right words
+    together wrongly."""
+    asked, said = set(terms(question)), terms(answer)
+    if strict:
+        new = {t for t in said if not any(t == a or t[:3] == a[:3] and (t in a or a in t) for a in asked)}  # takes, take
+        return bool(new) and any(new <= set(terms(hit.chunk.text[a:b])) for hit in hits for (a, *_), (_, b, _) in zip(
+            hit.chunk.spans, hit.chunk.spans[1:] + hit.chunk.spans[-1:]))
+    there = asked | {t for hit in hits for t in terms(hit.chunk.text)}
     numbers = [t for t in said if t.isdigit()]
     return all(t in there for t in numbers) and sum(t in there for t in said) >= 0.6 * len(said) > 0
 
 
 def cited(answer, hits, question):
-    """The hits that the answer rests on, best first: those whose words it uses."""
+    """The hits that the answer rests on: the one whose words it uses most, and the best of another page if nearly as
+    much speaks for it."""
     said = set(terms(answer)) - set(terms(question))
 
     def support(hit):
         return len(said & set(terms(hit.chunk.text))) / max(len(said), 1) + hit.score
-    ranked = sorted(hits, key=support, reverse=True)
-    return ranked[:1]
+    first = max(hits, key=support)
+    others = [hit for hit in hits if (hit.chunk.doc, hit.chunk.page) != (first.chunk.doc, first.chunk.page)
+              and hit.score >= 0.8 * first.score]
+    return [first, *others[:1]]
 
 
 # ---- prompt ---------------------------------------------------------------------------------------
@@ -1209,6 +1218,7 @@ class LocalLLM:
 
     def load(self, folder, adapter):
         model, self.tokenizer = load_model(folder or None, device=pick_device(self.config.device))
+        self.small = sum(p.numel() for p in model.parameters()) < 1e9      # its answers are held to the letter
         self.model = for_decoding(load_adapter(model, adapter) if adapter else model, self.config.bits)
         self.device = self.model.embed_tokens.weight.device
         self.context = min(self.config.context, self.model.config.max_position_embeddings)
@@ -1335,7 +1345,8 @@ def make_llm(config):
 def answer(store, llm, question, top_k=None, snapshot=None, debug=False, gone=lambda: False, history=(), began=None,
            most=None, **sampling):
     """Yields (event, data): sources, token ..., done, as /ask sends them. began: when the request came. Raises Busy,
-    LLMError, BadInput.
+    LLMError, BadInput. Gate 1 and gate 2 (the prompt, by the model's own words) refuse; what gate 3 finds unsupported is
+    withdrawn, and `done` brings a quotation in its place.
 
     timings, in milliseconds: queue, embed, search, rerank, prompt, engine_queue, prefill, each alone; first_token and
     total from the beginning. So first_token, the TTFT, is their sum and what the first decoded piece took."""
@@ -1344,7 +1355,7 @@ def answer(store, llm, question, top_k=None, snapshot=None, debug=False, gone=la
         ms = {"queue": since(began)}
         found = retrieve(store, question, top_k or config.top_k, snapshot)
     ms |= found.ms
-    text, gate, hits, cut, quoted, reply = "", None, [], None, False, Reply()
+    text, gate, hits, cut, quoted, withdrawn, written, reply = "", None, [], None, False, False, "", Reply()
 
     def source(hit):
         return {"document": hit.chunk.doc, "name": hit.name, "page": hit.chunk.page, "score": round(hit.score, 4),
@@ -1359,8 +1370,9 @@ def answer(store, llm, question, top_k=None, snapshot=None, debug=False, gone=la
         room = min(config.context, getattr(llm, "context", config.context)) - most
         messages, hits, cut = build_prompt(question, found.hits, llm.count, room, history)
         ms["prompt"] = since(clock)
+        quotes = cited("", found.hits, question)
         if quoted:                      # a model without this language would make things up: quote instead
-            hits, reply = found.hits[:1], Reply([found.hits[0].quote])
+            hits, reply = quotes, Reply(["\n".join(hit.quote for hit in quotes)])
         else:
             reply = llm.stream(messages, most, gone, **sampling)
         for piece in reply:
@@ -1368,15 +1380,19 @@ def answer(store, llm, question, top_k=None, snapshot=None, debug=False, gone=la
                 ms |= reply.ms | {"first_token": since(began)}
             text += piece
             yield "token", {"text": piece}
-        gate = None if quoted else "model" if says_no(text) else None if supported(text, hits, question) else "support"
+        gate = "model" if not quoted and says_no(text) else None
+        withdrawn = not (quoted or gate or supported(text, hits, question, getattr(llm, "small", False)))
+        if withdrawn:                   # what the passages do not bear out gives way to what they say
+            quoted, hits, written, text = True, quotes, text, "\n".join(hit.quote for hit in quotes)
     said = REFUSAL[language(question)] if gate else text.strip()
     if gate == "retrieval":
         yield "token", {"text": said}
     ms |= {"first_token": ms.get("first_token", since(began)), "total": since(began)}
-    yield "done", {"answer": said, "refused": bool(gate), "gate": gate, "quoted": quoted, "finish": reply.finish,
-                   "timings": ms, "tokens": reply.tokens, "cut": cut,
-                   "citations": [] if gate else [source(hit) for hit in cited(text, hits, question)],
-                   } | ({"draft": text, "messages": messages if hits else []} if debug else {})
+    yield "done", {"answer": said, "refused": bool(gate), "gate": gate, "quoted": quoted, "withdrawn": withdrawn,
+                   "finish": reply.finish, "timings": ms, "tokens": reply.tokens, "cut": cut,
+                   "citations": [] if gate else [source(hit) for hit in (
+                       hits if quoted else cited(text, hits, question))],
+                   } | ({"draft": written or text, "messages": messages if hits else []} if debug else {})
 
 
 # ---- metrics --------------------------------------------------------------------------------------
@@ -1604,6 +1620,7 @@ async def unless_gone(request, work):
 # ---- OpenAI's interface: any client, by changing a URL --------------------------------------------
 
 MODEL = "rag"
+WITHDRAWN = {"en": "The documents do not bear this out. They say:", "zh": "文档不支持以上说法。文档说："}
 
 
 def last_question(messages):
@@ -1636,7 +1653,7 @@ def openai_forms(model, with_usage):
                 "prompt_tokens_details": {"cached_tokens": tokens.get("cached", 0)}}
 
     def extra(data):
-        return {k: data[k] for k in ("sources", "citations", "refused", "gate", "timings")}
+        return {k: data[k] for k in ("sources", "citations", "refused", "gate", "quoted", "withdrawn", "timings")}
 
     def chunk(choices, **more):
         return f"data: {json.dumps(base | {'object': 'chat.completion.chunk', 'choices': choices} | more)}\n\n"
@@ -1654,8 +1671,8 @@ def openai_forms(model, with_usage):
             return text(data["text"])
         if event == "error":            # the openai client raises APIError at such a chunk
             return f"data: {json.dumps({'error': {'message': data['error'], 'type': 'server_error'}})}\n\n"
-        withdrawn = data["gate"] == "support"       # what was sent cannot be taken back, only contradicted
-        out = text("\n\n" + data["answer"]) if withdrawn else ""
+        # what was sent cannot be taken back, only contradicted
+        out = text(f"\n\n({WITHDRAWN[language(data['answer'])]})\n" + data["answer"]) if data["withdrawn"] else ""
         out += chunk([{"index": 0, "delta": {}, "finish_reason": data["finish"]}], **extra(found | data))
         return out + (chunk([], usage=usage(data["tokens"])) if with_usage else "") + "data: [DONE]\n\n"
 
@@ -1915,7 +1932,7 @@ const STAGES = { queue: ["#999", "queue|排队"], embed: ["#56b4e9", "embed|向�
   prefill: ["#d55e00", "prefill|预填充"], other: ["#b8a48c", "other|其他"] };
 const NOTES = { retrieval: "Refused: no passage comes near, so the model was not asked.|拒答：没有相近的段落，未询问模型。",
   model: "Refused: the model sees no answer in the passages.|拒答：模型在段落中找不到答案。",
-  support: "Refused: the passages do not bear out what the model wrote.|拒答：段落不支持模型写下的内容。",
+  withdrawn: "A quotation: the passages do not bear out what the model wrote.|原文引用：段落不支持模型写下的内容。",
   quoted: "A quotation: the model does not know this language.|原文引用：模型不懂这种语言。" };
 let zh = +navigator.language.startsWith("zh"), drawn = "", timer = 0, asking = null;
 const $ = id => document.getElementById(id), say = (both, n) => both.split("|")[zh].replace("{}", () => n);
@@ -2008,7 +2025,7 @@ async function ask(question) {
     }
     if (!done) throw Error(say("The answer broke off.|回答中断了。"));
     answer.textContent = done.answer;   // what the model wrote may have been withdrawn
-    const note = done.gate ?? (done.quoted && "quoted");
+    const note = done.gate ?? (done.withdrawn ? "withdrawn" : done.quoted && "quoted");
     if (note) card.append(make("p", done.gate ? "soft refused" : "soft", words(NOTES[note])));
     card.append(...done.citations.map(passage), bar(done.timings));
   } catch (e) {

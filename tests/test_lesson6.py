@@ -198,12 +198,31 @@ def test_what_is_not_in_the_documents_is_refused_without_asking_the_model(store,
     assert server.llm.asked == [] and events[1][1]["text"] == refusal
 
 
-@pytest.mark.parametrize("says, gate", [("Not mentioned in the documents.", "model"), ("It takes 47 minutes.", "support"),
-                                        ("Seventeen purple elephants juggle quietly.", "support"), ("", "support")])
-def test_invented_answers_are_withdrawn(store, says, gate):
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("says, right", [("It takes 47 minutes.", False), ("", False), ("The crossing takes 35 minutes.", True),
+                                         ("Seventeen purple elephants juggle quietly.", False)])
+def test_invented_answers_give_way_to_a_quotation(store, says, right, small):
     add(store, HANDBOOK.read_bytes())
-    done = dict(rag.answer(store, FakeLLM(says), "How long does the crossing take?"))["done"]
-    assert (done["gate"], done["answer"], done["citations"]) == (gate, rag.REFUSAL["en"], [])
+    llm = FakeLLM(says)
+    llm.small = small
+    done = dict(rag.answer(store, llm, "How long does the crossing take?"))["done"]
+    assert (done["refused"], done["quoted"], done["withdrawn"]) == (False, not right, not right)
+    assert "35 minutes" in done["answer"] and done["citations"][0]["page"] == 1 and (right or says[:9] not in done["answer"] or not says)
+
+
+def test_a_small_model_may_not_put_right_words_together_wrongly(store):
+    add(store, HANDBOOK.read_bytes())
+    llm, question = FakeLLM("It was built in 2016 in Larkholm."), "When and where was the ferry built?"
+    assert not dict(rag.answer(store, llm, question))["done"]["withdrawn"]
+    llm.small = True
+    done = dict(rag.answer(store, llm, question))["done"]
+    assert done["withdrawn"] and "1998 in Gdansk" in done["answer"]
+
+
+def test_a_model_that_finds_nothing_is_believed(store):
+    add(store, HANDBOOK.read_bytes())
+    done = dict(rag.answer(store, FakeLLM("Not mentioned in the passages."), "How long does the crossing take?"))["done"]
+    assert (done["gate"], done["answer"], done["citations"]) == ("model", rag.REFUSAL["en"], [])
 
 
 def test_a_model_without_the_language_quotes(store):
@@ -960,7 +979,7 @@ def test_openai_interface(store):
             assert answer[0] == status and set(answer[1]["error"]) == {"message", "type", "param", "code"}
         server.llm.says = "It takes 99 hours."          # streamed, then found to be unsupported
         text = server.open("POST", "/v1/chat/completions", json.dumps(asked | {"stream": True})).read().decode()
-        assert rag.REFUSAL["en"] in text and '"refused": true' in text
+        assert rag.WITHDRAWN["en"] in text and '"withdrawn": true' in text and "35 minutes" in text
 
 
 def test_the_real_openai_client(store):
