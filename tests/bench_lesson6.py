@@ -281,7 +281,7 @@ def load(args):
         rows.append({"setting": name, "clients": clients, "ttft p50": quantile([f["ttft"] for f in good], .5),
                      "ttft p95": quantile([f["ttft"] for f in good], .95), "prefill": prefill,
                      "itl p50": quantile(gaps, .5), "tokens/s": made / seconds, "errors": len(found) - len(good)})
-        print(f"{name:34}{clients:8}" + "".join(f"{rows[-1][k]:10.0f}" for k in ("ttft p50", "ttft p95", "prefill", "itl p50"))
+        print(f"{name:36}{clients:6}" + "".join(f"{rows[-1][k]:10.0f}" for k in ("ttft p50", "ttft p95", "prefill", "itl p50"))
               + f"{rows[-1]['tokens/s']:10.1f}{rows[-1]['errors']:8}", flush=True)
 
     print(f"{'':34}{'clients':>8}{'TTFT p50':>10}{'TTFT p95':>10}{'prefill':>10}{'ITL p50':>10}{'tokens/s':>10}{'errors':>8}")
