@@ -527,5 +527,5 @@ if __name__ == "__main__":
 # ---- exercises ------------------------------------------------------------------------------------
 # 1. Train with --smoothing 0 and with 0.2. What becomes of the accuracy, and of the percentages that predict prints?
 # 2. Photograph a shoe and run predict --show. What must change in the picture until it is recognized?
-# 3. Let Images also blank a random square of each training image. Is the gain over three seeds larger than their spread?
+# 3. Let Images also blank a random square of each training image. Over three seeds, does the gain exceed their spread?
 # 4. Replace batch norm by layer norm. Which line of the training loop is now without effect?

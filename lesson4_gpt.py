@@ -687,5 +687,5 @@ if __name__ == "__main__":
 # 1. Leave out the triu in attention_mask and run `mask`: which checks notice? What would the training loss do?
 # 2. Train with --n-head 1, 2 and 8 at the same width. Compare the losses and look at attention.png.
 # 3. Compare --tokens bpe --vocab-size 512 and 2048 in bits per character. Why not in loss?
-# 4. Let all heads share one k and one v (Shazeer 2019). How small does the cache of generate() become, and what is lost?
+# 4. Let all heads share one k and one v (Shazeer 2019). How small does the cache of generate() become? What is lost?
 # 5. Replace Muon by AdamW for all parameters: how many steps does it need for the same validation loss?

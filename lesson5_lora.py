@@ -76,8 +76,8 @@ class TrainConfig:
     lr: float = flag(2e-3, "peak learning rate of AdamW", 0)
     warmup: int = flag(5, "steps up to the peak; then a straight line down to 0", 1)
     clip: float = flag(1.0, "largest norm of all gradients together", 1e-9)
-    checkpointing: str = flag("none", "what backward computes again instead of keeping it: some is attention and the "
-                              "cheap steps, all is whole blocks: less memory, more time", choices=["none", "some", "all"])
+    checkpointing: str = flag("none", "what backward computes again instead of keeping it, for less memory: some is "
+                              "attention and the cheap steps, all is whole blocks", choices=["none", "some", "all"])
     save_every: int = flag(20, "steps between checkpoints", 1)
     seed: int = flag(0, "of A, the order of the data and dropout", 0, 2 ** 63 - 1)
 
@@ -828,7 +828,8 @@ class PackedBlock(nn.Module):
                              ("gate_up", (m.gate_proj, m.up_proj)), ("down", (m.down_proj,))):
             biases = [layer.bias for layer in layers if layer.bias is not None]
             weight, bias = torch.cat([dense(layer) for layer in layers]), torch.cat(biases) if biases else None
-            setattr(self, name, linear(weight.to(dtype), bias) if bits == 16 else PackedLinear(weight, bias, bits, dtype))
+            layer = linear(weight.to(dtype), bias) if bits == 16 else PackedLinear(weight, bias, bits, dtype)
+            setattr(self, name, layer)
         for name, norm in (("before", block.input_layernorm), ("between", block.post_attention_layernorm)):
             self.eps = norm.eps
             self.register_buffer(name, norm.weight.repeat(2))           # (2C,)
@@ -1146,7 +1147,8 @@ class Pieces:
 def generate(model, tokenizer, prompt, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
              stop="", seed=0):
     """Iterator of text pieces that answer `prompt`, messages or a list of ids. Ends at an end-of-turn token, before
-    `stop`, after max_new_tokens or when the context is full. repetition_penalty: Keskar et al. 2019. Raises BadInput."""
+    `stop`, after max_new_tokens or when the context is full. repetition_penalty: Keskar et al. 2019. Raises
+    BadInput."""
     ids = tokenizer.encode_chat(prompt) if prompt and isinstance(prompt[0], dict) else list(prompt)
     room = model.config.max_position_embeddings - len(ids)
     if not ids or room < 1:
@@ -1432,7 +1434,7 @@ def show_ranks(small, tokenizer, conversations, steps, questions, ranks=(1, 2, 4
         rows.append((f"r = {r}", f"{sum(p.numel() for p in trainable(model)):,}", f"{sum(losses[-4:]) / 4:.3f}",
                      f"{evaluate(model, conversations[-12:]):.3f}", f"{voice}/{len(questions)}"))
     show(f"Rank, after {steps} steps", ("parameters", "loss", "held out", "in voice"), rows,
-         "in as many steps a higher rank gets further, on what it saw and what it did not, for as many more parameters.")
+         "in as many steps a higher rank gets further, on what it saw and what it did not, for more parameters.")
     return rows
 
 

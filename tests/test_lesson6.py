@@ -858,6 +858,21 @@ def test_a_step_that_fails_fails_its_answers_only(llm, monkeypatch):
     settle(llm)
 
 
+def test_an_adapter_sits_on_what_it_was_trained_on(tmp_path):
+    import lesson5_lora
+    model, _ = lesson5_lora.load_model(None, "nf4")
+    lesson5_lora.inject_lora(model, ["o_proj"], r=2)
+    for layer in lesson5_lora.trainable(model):
+        torch.nn.init.normal_(layer, std=0.1)
+    lesson5_lora.save_adapter(model, tmp_path, 16)
+    llm = rag.LocalLLM(adapter=tmp_path, config=rag.Config(slots=1))
+    try:
+        wanted = lesson5_lora.dense(model.layers[3].self_attn.o_proj)       # the 4-bit base and the adapter
+        assert torch.equal(llm.model.layers[3].o.weight, wanted.to(llm.model.layers[3].o.weight.dtype))
+    finally:
+        llm.close()
+
+
 def test_prefixes_keep_what_was_used_last():
     prefixes, rng = rag.Prefixes(4 * rag.CHUNK), np.random.default_rng(0)
 
