@@ -61,7 +61,7 @@ class GPTConfig:
     seed: int = flag(0, "of the weights and of the order of the windows", 0)
 
 
-GPU = dict(context=256, n_layer=6, n_head=6, n_embd=384, dropout=0.3, batch_size=64, steps=2500)    # a GPU's defaults
+GPU = dict(context=256, n_layer=6, n_head=6, n_embd=384, dropout=0.3, batch_size=64, steps=500)     # a GPU's defaults
 SOFT_CAP = 15.0                         # logits stay within -15 and 15
 
 # ---- tokens: byte-pair encoding, trained by hand --------------------------------------------------

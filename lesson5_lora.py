@@ -555,7 +555,7 @@ class Attention(nn.Module):
         shared = q.reshape(B, self.K, -1, self.D)                       # (B,H,T,D) -> (B,K,GT,D)
         # both are softmax(QK'/sqrt(D) + mask)V: lesson 4's is the faster to train, the fused one to generate, on a CPU
         y = self.attend(shared, k, v, mask)[0] if cache is None else cache.attend(layer, shared, k, v, mask)
-        return self.o_proj(y.view(B, self.H, T, self.D).transpose(1, 2).reshape(B, T, -1))     # (B,K,GT,D) -> (B,T,HD)
+        return self.o_proj(y.reshape(B, self.H, T, self.D).transpose(1, 2).reshape(B, T, -1))  # (B,K,GT,D) -> (B,T,HD)
 
 
 def call(f, *x):
@@ -634,17 +634,22 @@ NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.394917488
                     0.7229568362236023, 1.0])
 
 
-def dynamic_map():
+@functools.cache                        # tables stay where they are used: to copy them to a GPU makes the program wait
+def dynamic_map(device="cpu"):
     """The 256 levels that bitsandbytes stores scales in, (256,): 7 decades, each cut twice as fine as the one below."""
     levels = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2 ** i + 1)
         middle = (edges[:-1] + edges[1:]) / 2 * 10 ** (i - 6)
         levels += [*middle.tolist(), *(-middle).tolist()]
-    return torch.tensor(sorted(levels))
+    return torch.tensor(sorted(levels), device=device)
 
 
-DYNAMIC = dynamic_map()
+@functools.cache
+def byte_map(levels, device):
+    """What each byte stands for, (256,1): two of the 16 levels, float32, that pass for one int64."""
+    levels = torch.tensor(levels)
+    return torch.cartesian_prod(levels, levels).view(torch.int64).to(device)            # (256,2) -> (256,1)
 
 
 def nearest(x, levels):
@@ -682,19 +687,18 @@ def quantize_nf4(weight, double_quant=True, levels=NF4):
         x = x.where(nested[:, None] > 0, -1.0)                          # all scales alike: bitsandbytes writes code 0
         # on a CPU bitsandbytes looks the index up in a table of 65,536 places, so x is first rounded to one of them
         x = ((x.flatten()[:len(absmax)] + 1) * 0.5 * 65535 + 0.5).int()
-        absmax = nearest(2 * x / 65535 - 1, DYNAMIC).to(torch.uint8)
+        absmax = nearest(2 * x / 65535 - 1, dynamic_map()).to(torch.uint8)
     return NF4Weight(packed, absmax, nested, offset, weight.shape, weight.dtype)
 
 
 def dequantize_nf4(w, dtype=None, levels=NF4):
-    """NF4Weight -> the tensor, in `dtype` or the one it had. A byte is looked up as a whole, in a table of pairs of
-    float32 that pass for one int64."""
+    """NF4Weight -> the tensor, in `dtype` or the one it had. A byte is looked up as a whole."""
     absmax, device = w.absmax, w.packed.device
     if w.nested is not None:
-        scaled = DYNAMIC.to(device).gather(0, absmax.long())            # (blocks,)
+        scaled = dynamic_map(device).gather(0, absmax.long())            # (blocks,)
         absmax = scaled * w.nested.repeat_interleave(256)[:len(absmax)] + w.offset
     blocks = F.pad(w.packed.flatten(), (0, -len(w.packed) % 32)).view(-1, 32).long()            # (n/2,1) -> (blocks,32)
-    pairs = torch.cartesian_prod(levels, levels).view(torch.int64).to(device)   # (256,2), seen as (256,1)
+    pairs = byte_map(tuple(levels.tolist()), device)                    # (256,1)
     x = pairs.T.expand(len(blocks), 256).gather(1, blocks).view(torch.float32).mul_(absmax[:, None])    # (blocks,64)
     return x.flatten()[:math.prod(w.shape)].view(w.shape).to(dtype or w.dtype)
 
@@ -848,7 +852,7 @@ class PackedBlock(nn.Module):
         q, k = rotate(qk, *rotation).split((self.H, self.K), 1)         # (B,H,T,D), (B,K,T,D)
         attend = F.scaled_dot_product_attention if cache is None else functools.partial(cache.attend, layer)
         y = attend(q.reshape(B, self.K, -1, self.D), k, v, mask)        # (B,H,T,D) -> (B,K,GT,D)
-        x = x + self.o(y.view(B, self.H, T, self.D).transpose(1, 2).reshape(B * T, -1))         # (B,K,GT,D) -> (BT,HD)
+        x = x + self.o(y.reshape(B, self.H, T, self.D).transpose(1, 2).reshape(B * T, -1))      # (B,K,GT,D) -> (BT,HD)
         gate, up = self.gate_up(self.norm(x, self.between)).chunk(2, -1)
         return (x + self.down(F.silu(gate) * up)).view(B, T, C)         # (BT,C) -> (B,T,C)
 
@@ -1075,7 +1079,7 @@ def tensors_to_write(model, dtype):
             parts = {"": w.packed, ".absmax": w.absmax, ".quant_map": NF4.clone()}     # no two names may share memory
             if w.nested is not None:
                 state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": w.offset.item()}
-                parts |= {".nested_absmax": w.nested, ".nested_quant_map": DYNAMIC.clone()}
+                parts |= {".nested_absmax": w.nested, ".nested_quant_map": dynamic_map().clone()}
             parts[".quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
             yield from ((f"{name}.weight{key}", part.cpu()) for key, part in parts.items())
         for key, p in module.named_parameters(recurse=False):

@@ -43,9 +43,9 @@ import unicodedata                      # what a character is
 import urllib.parse                     # LLM_BASE_URL
 from concurrent.futures import ThreadPoolExecutor       # blocking work away from the event loop
 
+import torch                            # the encoder; before hnswlib: after it, it crashed on one machine with CUDA
 import hnswlib                          # approximate nearest neighbours, when exact search gets slow
 import numpy as np                      # vectors as SQLite stores them
-import torch                            # the encoder
 import uvicorn                          # HTTP
 from safetensors.torch import load_file # its weights
 from starlette.applications import Starlette            # routes

@@ -4,9 +4,10 @@
     python tests/bench_lesson4.py attention         our attention against PyTorch's fused one, a training step
     python tests/bench_lesson4.py cache             sampling with and without the KV cache
     python tests/bench_lesson4.py ablation --text tinyshakespeare.txt [--steps 300]
+`--device cuda` runs the first three on a GPU, with the lesson's and nanoGPT's settings for one.
 
 tinyshakespeare.txt is the 1,115,394 characters of nanoGPT's data/shakespeare_char/input.txt; FOLDER is a clone of
-github.com/karpathy/nanoGPT whose prepare.py has been run there: its published CPU command then runs beside ours.
+github.com/karpathy/nanoGPT whose prepare.py has been run there: its published command then runs beside ours.
 """
 import argparse
 import contextlib
@@ -28,6 +29,10 @@ import lesson4_gpt as lesson
 from lesson3_charrnn import CharTokenizer, read_text, split_text
 
 CPU = torch.device("cpu")
+NANOGPT = {                             # the commands of nanoGPT's README
+    "cpu": ["--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=100", "--block_size=64", "--batch_size=12", "--n_layer=4",
+            "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"],
+    "cuda": []}
 
 
 def load(path):
@@ -50,56 +55,56 @@ def fit(config, ids, seed):
 def shakespeare(args):
     """Whole commands, their wall time, and the loss over the whole validation split by one evaluator."""
     _, _, val = load(args.text)
-    runs, short, theirs = [], [], []
+    runs, short, compiled, theirs = [], [], [], []
     with tempfile.TemporaryDirectory() as tmp:
         def ours(seed, *flags):
             out, began = pathlib.Path(tmp) / f"{seed}-{len(flags)}", time.perf_counter()
-            subprocess.run([sys.executable, lesson.__file__, "train", "--text", args.text, "--device", "cpu", "--seed", str(seed),
+            subprocess.run([sys.executable, lesson.__file__, "train", "--text", args.text, "--device", args.device, "--seed", str(seed),
                             "--out", out, *flags], check=True, stdout=subprocess.DEVNULL)
-            seconds, (model, _) = time.perf_counter() - began, lesson.load_model(out, CPU)
-            return seconds, lesson.evaluate(model, val, model.config.context)
+            seconds, (model, _) = time.perf_counter() - began, lesson.load_model(out, args.device)
+            return seconds, lesson.evaluate(model, val.to(args.device), model.config.context)
         for seed in range(args.seeds):
             if args.nanogpt:
-                theirs.append(nanogpt(args.nanogpt, val))
-                print(f"nanoGPT, its CPU command     {theirs[-1][0]:6.1f} s   loss {theirs[-1][1]:.4f}", flush=True)
+                theirs.append(nanogpt(args.nanogpt, val, args.device))
+                print(f"nanoGPT, its {args.device} command    {theirs[-1][0]:6.1f} s   loss {theirs[-1][1]:.4f}", flush=True)
             runs.append(ours(seed))
             print(f"lesson4_gpt.py train         {runs[-1][0]:6.1f} s   loss {runs[-1][1]:.4f}   seed {seed}", flush=True)
-            short.append(ours(seed, "--steps", "240"))
-            print(f"the same with --steps 240    {short[-1][0]:6.1f} s   loss {short[-1][1]:.4f}   seed {seed}", flush=True)
-    for name, rows in (("nanoGPT", theirs), ("lesson 4", runs), ("lesson 4, --steps 240", short)):
+            for rows, name, flags in ((short, "--steps 240", ["--steps", "240"]), (compiled, "--compile", ["--compile"])):
+                if (rows is compiled) == (args.device == "cuda"):
+                    rows.append(ours(seed, *flags))
+                    print(f"the same with {name:14} {rows[-1][0]:6.1f} s   loss {rows[-1][1]:.4f}   seed {seed}", flush=True)
+    for name, rows in (("nanoGPT", theirs), ("lesson 4", runs), ("lesson 4, --steps 240", short), ("lesson 4, --compile", compiled)):
         if rows:
             print(f"median of {len(rows)}: {name:22} {statistics.median(r[0] for r in rows):6.1f} s   "
                   f"loss {statistics.median(r[1] for r in rows):.4f}")
     if theirs:
-        ratios = [statistics.median(r[0] for r in rows) / statistics.median(r[0] for r in theirs) for rows in (runs, short)]
-        print(f"time against nanoGPT's: {ratios[0]:.2f} for the whole run, {ratios[1]:.2f} for the short one")
+        ratios = [statistics.median(r[0] for r in rows) / statistics.median(r[0] for r in theirs) for rows in (runs, short or compiled)]
+        print(f"time against nanoGPT's: {ratios[0]:.2f} for the whole run, {ratios[1]:.2f} for the other one")
 
 
-def nanogpt(folder, val):
-    """Run the CPU command of nanoGPT's README; (seconds, loss of its checkpoint over the whole split, windows of 64)."""
+def nanogpt(folder, val, device):
+    """Run the command of nanoGPT's README; (seconds, loss of its checkpoint over the whole split in windows of its context)."""
     with tempfile.TemporaryDirectory() as out:
         began = time.perf_counter()
-        subprocess.run([sys.executable, "train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False",
-                        "--eval_iters=20", "--log_interval=100", "--block_size=64", "--batch_size=12", "--n_layer=4",
-                        "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
-                        f"--out_dir={out}"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "train.py", "config/train_shakespeare_char.py", *NANOGPT[device], f"--out_dir={out}"], cwd=folder,
+                       check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - began
         sys.path.insert(0, folder)
         import model as theirs
         saved = torch.load(pathlib.Path(out) / "ckpt.pt", map_location="cpu", weights_only=True)
         model = theirs.GPT(theirs.GPTConfig(**saved["model_args"]))
-        model.load_state_dict(saved["model"])
-        return seconds, lesson.evaluate(model, val, 64)
+        model.load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()})
+        return seconds, lesson.evaluate(model.to(device), val.to(device), model.config.block_size)
 
 
 def attention(args):
     """One training step, forward to update, with our attention and with F.scaled_dot_product_attention, in turns."""
     def fused(self, q, k, v, mask):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True), None
-    config = lesson.GPTConfig(vocab_size=65)
-    x = torch.randint(65, (config.batch_size, config.context + 1))
-    model, times = lesson.GPT(config), {"by hand": [], "fused": []}
-    optimizers, precision = lesson.make_optimizers(model, config), lesson.autocast(config, CPU)
+    config = lesson.GPTConfig(**(lesson.GPU if args.device == "cuda" else {}) | {"vocab_size": 65})
+    x = torch.randint(65, (config.batch_size, config.context + 1), device=args.device)
+    model, times = lesson.GPT(config).to(args.device), {"by hand": [], "fused": []}
+    optimizers, precision = lesson.make_optimizers(model, config), lesson.autocast(config, torch.device(args.device))
     for turn in range(60):
         for name in times:
             patch = mock.patch.object(lesson.ScaledDotProductAttention, "forward", fused)
@@ -115,11 +120,11 @@ def cache(args):
     """512 tokens from one character, with and without the cache, at the default context and at one that holds them all."""
     for context in (128, 640):
         torch.manual_seed(0)
-        model, times = lesson.GPT(lesson.GPTConfig(vocab_size=65, context=context)), {True: [], False: []}
+        model, times = lesson.GPT(lesson.GPTConfig(vocab_size=65, context=context)).to(args.device), {True: [], False: []}
         for _ in range(3):
             for cached in times:
                 began = time.perf_counter()
-                lesson.generate(model, torch.zeros(1, 1, dtype=torch.long), 512, cached=cached)
+                lesson.generate(model, torch.zeros(1, 1, dtype=torch.long, device=args.device), 512, cached=cached)
                 times[cached].append(time.perf_counter() - began)
         with_, without = (statistics.median(t) for t in times.values())
         print(f"context {context}: 512 tokens in {with_:.2f} s with the cache ({512 / with_:.0f} tokens/s), {without:.2f} s without: "
@@ -209,9 +214,10 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["shakespeare", "attention", "cache", "ablation"])
     parser.add_argument("--text")
     parser.add_argument("--nanogpt")
+    parser.add_argument("--device", choices=list(NANOGPT), default="cpu")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"bf16: {not isinstance(lesson.autocast(lesson.GPTConfig(), CPU), contextlib.nullcontext)}")
+    print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"bf16: {not isinstance(lesson.autocast(lesson.GPTConfig(), torch.device(args.device)), contextlib.nullcontext)}")
     globals()[args.what](args)

@@ -8,6 +8,7 @@
     python tests/bench_lesson5.py logits            how far logits and greedy text are from transformers'
     python tests/bench_lesson5.py unpack            4-bit weights to dense ones, against bitsandbytes
     python tests/bench_lesson5.py story             the whole story as a subprocess, offline
+`--device cuda` runs speed (without llama.cpp) and qlora on a GPU.
 """
 import argparse
 import contextlib
@@ -57,8 +58,9 @@ def rates(name, run, ids, times):
 def speed(args):
     """One stream. All read the same GGUF file and the same tokens; none stops at an end token."""
     ids = None
-    for weights, dtype in (("full", torch.float32), ("full", torch.bfloat16), ("int8", None), ("int4", None)):
-        model, tokenizer = lesson.load_model(weights=weights, dtype=dtype)
+    kinds = [("full", torch.float32), ("full", torch.bfloat16), ("int8", None), ("int4", None)]
+    for weights, dtype in kinds[:2] if args.device == "cuda" else kinds:
+        model, tokenizer = lesson.load_model(weights=weights, dtype=dtype, device=args.device)
         ids, tokenizer.eos = ids or tokenizer.encode(load_plays()[:4000]), set()
 
         def ours(prompt, n):
@@ -66,6 +68,8 @@ def speed(args):
                 pass
         rates(f"lesson 5, {weights}, {str(model.norm.weight.dtype).removeprefix('torch.')}", ours, ids, args.times)
     with contextlib.suppress(ImportError):
+        if args.device == "cuda":
+            raise ImportError           # pip's is built for CPUs
         import llama_cpp
         llama = llama_cpp.Llama(str(gguf_file()), n_ctx=1024, n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(),
                                 verbose=False)
@@ -79,16 +83,18 @@ def speed(args):
     import transformers
     for dtype in (torch.float32, torch.bfloat16):
         peer = transformers.AutoModelForCausalLM.from_pretrained(gguf_file().parent, gguf_file=gguf_file().name, dtype=torch.float32)
-        peer = peer.to(dtype).eval()
+        peer = peer.to(args.device, dtype).eval()
 
         def generate(prompt, n):
-            idx = torch.tensor([prompt])
+            idx = torch.tensor([prompt], device=args.device)
             peer.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False, min_new_tokens=n, max_new_tokens=n)
         rates(f"transformers {transformers.__version__}, {str(dtype).removeprefix('torch.')}", generate, ids, args.times)
 
 
-def peak():
+def peak(args):
     """The most memory of this program in GB. Not ru_maxrss, which begins with what the parent process held."""
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
     try:
         status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
         return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1e6
@@ -108,7 +114,8 @@ def qlora(args):
         for turn in range(args.times):
             for name in ("all", "some", "none", "peft"):                # what the lesson computes again; peft: whole blocks
                 command = "qlora_peft" if name == "peft" else "qlora_ours"
-                done = subprocess.run([sys.executable, __file__, command, "--folder", folder, "--checkpointing", name], check=True,
+                done = subprocess.run([sys.executable, __file__, command, "--folder", folder, "--checkpointing", name,
+                                       "--device", args.device], check=True,
                                       capture_output=True, text=True)
                 step, memory, loaded = map(float, done.stdout.split()[-3:])
                 results.setdefault(name, []).append((step, memory))
@@ -126,15 +133,15 @@ def qlora_data():
 
 
 def qlora_ours(args):
-    model, tokenizer = lesson.load_model(args.folder, "nf4", dtype=torch.bfloat16)
-    loaded, config = peak(), lesson.TrainConfig(checkpointing=args.checkpointing, r=8)
+    model, tokenizer = lesson.load_model(args.folder, "nf4", args.device, torch.bfloat16)
+    loaded, config = peak(args), lesson.TrainConfig(checkpointing=args.checkpointing, r=8)
     torch.manual_seed(0)
     lesson.inject_lora(model, config.target_modules.split(","), config.r, config.lora_alpha)
     model.checkpointing = config.checkpointing
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], config.lr, weight_decay=0.0)
     rows = list(zip(*(t.tolist() for t in qlora_data())))
     model.train()
-    print(seconds(lambda: lesson.train_step(model, optimizer, rows, config), 5), peak(), loaded)
+    print(seconds(lambda: lesson.train_step(model, optimizer, rows, config), 5), peak(args), loaded)
 
 
 def qlora_peft(args):
@@ -142,12 +149,12 @@ def qlora_peft(args):
     import transformers
     how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                           bnb_4bit_compute_dtype=torch.bfloat16)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.folder, quantization_config=how, device_map="cpu", dtype=torch.bfloat16)
-    loaded = peak()
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.folder, quantization_config=how, device_map=args.device, dtype=torch.bfloat16)
+    loaded = peak(args)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-3, weight_decay=0.0)
-    ids, supervised = qlora_data()
+    ids, supervised = (t.to(args.device) for t in qlora_data())
     model.train()
 
     def step():
@@ -155,7 +162,9 @@ def qlora_peft(args):
         model(input_ids=ids, labels=ids.masked_fill(~supervised, -100)).loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
-    print(seconds(step, 5), peak(), loaded)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+    print(seconds(step, 5), peak(args), loaded)
 
 
 def persona(args):
@@ -265,9 +274,10 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--times", type=int, default=3, help="timed runs of each, of which the median counts")
     parser.add_argument("--steps", type=int, default=60, help="of training at each rank")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--checkpointing", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.what.startswith("qlora_"):
-        print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, fast bfloat16: {lesson.BF16}")
+        print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, fast bfloat16: {lesson.BF16}")
     globals()[args.what](args)

@@ -222,7 +222,7 @@ def test_all_zero_weight_becomes_zero_again():
 def test_tables_equal_bitsandbytes():
     F4 = peer("bitsandbytes").functional
     assert torch.equal(lesson.NF4, F4.get_4bit_type("nf4", "cpu"))
-    assert torch.equal(lesson.DYNAMIC, F4.create_dynamic_map())
+    assert torch.equal(lesson.dynamic_map(), F4.create_dynamic_map())
 
 
 def test_nf4_folder_equals_the_one_bitsandbytes_writes_and_loads_with_difference_zero(tmp_path, folder):
@@ -789,6 +789,15 @@ def test_cached_and_uncached_logits_agree():
             whole = model(idx)
             parts = [model(idx[:, :11], cache), model(idx[:, 11:15], cache)] + [model(idx[:, t:t + 1], cache) for t in range(15, 30)]
         assert apart(torch.cat(parts, 1), whole) < 1e-4
+
+
+def test_attention_may_return_its_heads_in_another_order_of_memory_as_on_a_gpu(monkeypatch):
+    model, tokenizer = tiny()
+    fused, prompt = F.scaled_dot_product_attention, tokenizer.encode("hello hello")
+    wanted = [list(generate(m, tokenizer, prompt, max_new_tokens=8)) for m in (model, lesson.for_decoding(model, 16))]
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *how: fused(*how).transpose(1, 2).contiguous().transpose(1, 2))
+    assert wanted == [list(generate(m, tokenizer, prompt, max_new_tokens=8)) for m in (model, lesson.for_decoding(model, 16))]
 
 
 def test_greedy_generation_equals_the_argmax_of_whole_passes():
