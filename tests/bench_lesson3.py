@@ -65,10 +65,10 @@ def bench_speed(repeats):
     both alike."""
     print(f"{'training step, median, ms':34}{'nn.LSTM':>9}{'by hand':>9}{'ratio':>7}")
     default, threads = RNNConfig(), torch.get_num_threads()
-    for hidden, embed, batch, cores in (*((default.hidden, default.embed, default.batch, n) for n in sorted({1, threads})),
+    for hidden, embed, batch, cores in (*((default.hidden, default.embed, default.batch_size, n) for n in sorted({1, threads})),
                                         (256, 256, 64, threads), (512, 512, 32, threads), (128, 64, 32, threads)):
         torch.set_num_threads(cores)
-        config = RNNConfig(hidden=hidden, embed=embed, batch=batch, dropout=0.0)
+        config = RNNConfig(hidden=hidden, embed=embed, batch_size=batch, dropout=0.0)
         models = [Library(config, 65), CharLSTM(config, 65)]
         optimizers = [torch.optim.AdamW(m.parameters(), 1e-3, fused=True) for m in models]
         idx, state = torch.randint(65, (batch, config.context + 1)), torch.zeros(config.layers, 2, batch, hidden)
@@ -94,7 +94,7 @@ def bench_kill(kills, seed):
         folder = pathlib.Path(folder)
         (folder / "text.txt").write_text(text, encoding="utf-8")
         command = [sys.executable, ROOT / "lesson3_charrnn.py", "train", "--text", folder / "text.txt", "--device", "cpu"]
-        sizes = "--hidden 16 --batch 4 --context 16 --steps 3000 --every 20 --warmup 10 --dropout 0.1".split()
+        sizes = "--hidden 16 --batch-size 4 --context 16 --steps 3000 --eval-every 20 --warmup 10 --dropout 0.1".split()
         subprocess.run([*command, "--out", folder / "whole", *sizes], check=True, stdout=subprocess.DEVNULL)
         killed, steps = 0, []
         while killed < kills:

@@ -23,8 +23,8 @@ from lesson3_charrnn import (LSTM, CharLSTM, CharTokenizer, LSTMCell, RNNConfig,
 
 ROOT = pathlib.Path(lesson.__file__).parent
 SPEECH = "KING\nThe King hath sent for thee, my lord.\nWe go; and so, good night.\n\n"
-SMALL = dict(hidden=16, embed=8, context=16, batch=4, steps=40, every=10, warmup=5, dropout=0.1, reset=0.1)
-FLAGS = [f"--{k}={v}" for k, v in SMALL.items()]
+SMALL = dict(hidden=16, embed=8, context=16, batch_size=4, steps=40, eval_every=10, warmup=5, dropout=0.1, reset=0.1)
+FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
 LONG = 400                                                      # steps of a run that is stopped in the middle
 
 
@@ -114,7 +114,7 @@ def test_the_shape_of_each_step_stands_in_comments():
 
 def test_after_the_king_it_writes_words_spelled_as_in_the_text(tmp_path):
     text = SPEECH * 60
-    train(text, tmp_path, **{**SMALL, "hidden": 64, "steps": 150, "every": 150, "context": 32, "lr": 0.02, "dropout": 0.0})
+    train(text, tmp_path, **{**SMALL, "hidden": 64, "steps": 150, "eval_every": 150, "context": 32, "lr": 0.02, "dropout": 0.0})
     model, tokenizer = load_model(tmp_path / "best.ckpt")
     written = generate(model, tokenizer, "The King", 400, temperature=0.5)
     made = words(written[:written.rfind(" ")])
@@ -289,7 +289,7 @@ def test_streams_read_the_whole_text_in_order(text, tmp_path, monkeypatch):
         return forward(self, idx, state)
     monkeypatch.setattr(CharLSTM, "forward", spy)
     B, T = 4, 16
-    train(text, tmp_path, **{**SMALL, "steps": 12, "every": 100})
+    train(text, tmp_path, **{**SMALL, "steps": 12, "eval_every": 100})
     tokenizer = CharTokenizer.train(text)
     ring = split_text(text, T)[0] * 2
     streams = torch.cat(seen, 1)
@@ -313,7 +313,7 @@ def test_stopped_between_two_checkpoints_it_resumes_bitwise(text, undisturbed, t
 
     def interrupt(parameters, limit):
         calls.append(1)
-        if len(calls) == 17:                                    # not at a multiple of `every`
+        if len(calls) == 17:                                    # not at a multiple of eval_every
             signal.raise_signal(signal.SIGINT)
         return real(parameters, limit)
     monkeypatch.setattr(lesson, "clip_", interrupt)
@@ -501,7 +501,7 @@ def test_bad_resumes(text, undisturbed, tmp_path):
     with pytest.raises(BadInput, match="other sizes"):
         train(text, undisturbed, resume=True, hidden=17)
     with pytest.raises(BadInput, match="other sizes"):
-        train(text, undisturbed, resume=True, batch=5)
+        train(text, undisturbed, resume=True, batch_size=5)
     with pytest.raises(BadInput, match="not trained on this text"):
         train(text + "!", undisturbed, resume=True)
     save_checkpoint(tmp_path / "last.ckpt", {"config": {"n_layer": 4}})         # lesson 4's, for instance

@@ -327,6 +327,7 @@ def test_bad_prompts_and_flags(run, trained, tmp_path):
     assert "train" in bad("sample", "--out", tmp_path / "nowhere")
     assert "--n-embd" in bad("train", "--n-embd", 30, "--n-head", 4, "--out", tmp_path)
     assert "1e+30" in bad("train", "--lr", 1e30) and "temperature" in bad("sample", "--temperature", "nan") and "'two'" in bad("train", "--n-layer", "two")
+    assert "--seed" in bad("train", "--seed", 2 ** 63)
     assert "rotten" in bad("train", "--position", "rotten") and "--steps" in bad("train", "--steps", 0)
     assert "divide" in bad("train", "--batch-size", 5, "--accumulation", 2, "--out", tmp_path)
     assert "quantum" in bad("overfit", "--device", "quantum") and "checkpoint" in bad("train", "--resume", "--out", tmp_path)
@@ -361,6 +362,28 @@ def test_damaged_and_foreign_weights(run, tmp_path, text_file):
     for name in ("last.ckpt", "last.prev"):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-100])
     assert "damaged" in train(run, tmp_path, "--resume", "--text", text_file, code=2).stderr
+
+
+def test_resume_refuses_another_text_other_tokens_and_another_lesson(monkeypatch, tmp_path, text_file):
+    flags = ["train", *map(str, SMALL), "--out", str(tmp_path / "out"), "--eval-every", "2", "--steps", "2", "--text"]
+    lesson.main(flags + [str(text_file)])
+    before = (tmp_path / "out" / "last.ckpt").read_bytes()
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text(encoding="utf-8")[1:], encoding="utf-8")
+    for more in ([str(other)], [str(text_file), "--tokens", "bpe"]):
+        with pytest.raises(BadInput, match="another text or other tokens"):
+            lesson.main(flags + [*more, "--resume"])
+    assert (tmp_path / "out" / "last.ckpt").read_bytes() == before
+    save_checkpoint(tmp_path / "out" / "last.ckpt", {"step": 3})
+    with pytest.raises(BadInput, match="another lesson"):
+        lesson.main(flags + [str(text_file), "--resume"])
+
+
+def test_a_text_with_too_few_tokens_for_a_window_is_refused(tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("the cat and the dog " * 70, encoding="utf-8")       # 140 characters to validate on, fewer tokens
+    with pytest.raises(BadInput, match="tokens, --context 128 needs 130"):
+        lesson.main(["train", "--tokens", "bpe", "--text", str(text), "--out", str(tmp_path), "--steps", "1"])
 
 
 def test_nan_stops_with_advice_and_keeps_what_was_saved(monkeypatch, tmp_path, text_file):

@@ -641,6 +641,7 @@ def test_packed_layers_are_close_to_dense_ones_for_few_and_many_rows(bits, plane
     if bits == 4 and planes == 1:                               # such as a Q4 file holds: 16 levels for each 32 weights
         weight = (torch.randint(0, 16, (96, 2, 32)) * torch.rand(96, 2, 1) * 0.01 - 0.05).flatten(1)
     packed = lesson.PackedLinear(weight, torch.randn(96), bits, planes=planes)
+    assert apart(lesson.PackedLinear(weight[:, :40], None, 8)(weight[:3, :40]), weight[:3, :40] @ weight[:, :40].T) < 0.01     # no multiple of 16
     for rows in (1, 3, 40):
         x = torch.randn(1, rows, 64)
         wanted = F.linear(x, weight, packed.bias)
@@ -939,7 +940,35 @@ def test_a_hub_id_is_downloaded_once_and_loads(hub, tmp_path, monkeypatch):
     assert hub.seen[0][0] == "/some-org/tiny_1.0/resolve/main/config.json" and {seen[2] for seen in hub.seen} == {"Bearer secret"}
     n = len(hub.seen)
     load_model("some-org/tiny_1.0", dtype=torch.float32)
-    assert {name.rsplit("/", 1)[1] for name, *_ in hub.seen[n:]} <= {"chat_template.jinja", "model.safetensors.index.json"}
+    assert len(hub.seen) == n                                   # also for the files that it does not have
+
+
+def test_a_token_follows_a_redirect_to_the_same_host_only(hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    honest, other = Hub.do_GET, http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    other.folder, other.seen, other.cut, other.status, other.ranges = hub.folder, [], {}, {}, True
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+
+    def redirect(self):
+        if self.path.startswith("/cdn") or self.server is other:
+            return honest(self)
+        host = f"http://127.0.0.1:{other.server_port}" if self.path.endswith(".safetensors") else ""
+        self.send_response(307)
+        self.send_header("Location", f"{host}/cdn{self.path}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+    monkeypatch.setattr(Hub, "do_GET", redirect)
+    load_model("org/m", dtype=torch.float32)
+    other.shutdown()
+    other.server_close()
+    assert {token for _, _, token in hub.seen} == {"Bearer secret"} and {token for _, _, token in other.seen} == {None}
+
+
+@pytest.mark.parametrize("slip", ["hf-mirror.example", "http://127.0.0.1:9"])
+def test_a_mistaken_endpoint_is_one_line(hub, monkeypatch, slip):
+    monkeypatch.setenv("HF_ENDPOINT", slip)
+    with pytest.raises(BadInput, match="set HF_ENDPOINT to a mirror"):
+        load_model("org/m")
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -949,7 +978,7 @@ def test_a_download_goes_on_where_it_broke_off(hub, ranges):
         load_model("org/m")
     model, _ = load_model("org/m", dtype=torch.float32)
     asked = [r for name, r, _ in hub.seen if name.endswith("/model.safetensors")]
-    assert asked == ["bytes=0-", "bytes=70000-"] and torch.equal(model(ids_of()), tiny()[0](ids_of()))
+    assert asked == [None, "bytes=69999-"] and torch.equal(model(ids_of()), tiny()[0](ids_of()))
 
 
 def test_shards_are_downloaded_by_their_index(hub):
@@ -1030,6 +1059,7 @@ def test_resume_by_the_command_line_and_a_refused_one(cli, tmp_path, folder):
     assert before.keys() == after.keys() and all(torch.equal(after[name], t) for name, t in before.items())
     assert "other data" in cli(*flags[:4], jsonl(tmp_path / "other.jsonl", DATA[:1]), *flags[5:], "--resume", code=2)
     assert "--resume" in cli(*flags, "--r", 3, "--resume", code=2)
+    assert "base" in cli(*flags, "--base", "full", "--resume", code=2)
     assert "checkpoint" in cli(*flags[:-1], "nowhere", "--resume", code=2)
 
 
@@ -1177,6 +1207,18 @@ def test_line_separators_inside_a_text_are_no_line_ends(tmp_path):
     conversation = [{"role": "user", "content": "a\u2028b\u0085c\x1cd"}, {"role": "assistant", "content": "e\u2029f"}]
     kept, long = lesson.read_conversations(jsonl(tmp_path / "a.jsonl", [conversation]), tiny_tokenizer(), 512)
     assert len(kept) == 1 and tiny_tokenizer().decode(kept[0][0]).count("\u2028") == 1
+
+
+def test_a_conversation_longer_than_the_context_is_left_out_whatever_max_tokens_says(cli, tmp_path, folder):
+    long = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y " * 200}]
+    said = cli("train", "--model", folder, "--data", jsonl(tmp_path / "long.jsonl", [*DATA, long]), "--max-tokens", 5000, "--steps", 1)
+    assert f"{len(DATA)} conversations, 1 left out" in said
+
+
+def test_chat_goes_on_when_the_context_is_full(tmp_path, folder):
+    done = subprocess.run([sys.executable, ROOT / "lesson5_lora.py", "chat", "--model", folder, "--max-new-tokens", "5", "--device", "cpu"],
+                          cwd=tmp_path, input=f"{'x ' * 200}\nhello\n", capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0 and "begins anew" in done.stdout and not done.stderr, done
 
 
 def test_a_prompt_longer_than_the_context(cli, folder):

@@ -219,6 +219,19 @@ def test_a_small_model_may_not_put_right_words_together_wrongly(store):
     assert done["withdrawn"] and "1998 in Gdansk" in done["answer"]
 
 
+def test_a_passage_that_does_not_fit_is_quoted(store):
+    add(store, HANDBOOK.read_bytes())
+    store.config.context, store.config.answer_tokens, llm = 256, 185, FakeLLM()
+    *_, (_, data) = rag.answer(store, llm, "How long does the crossing take?")
+    assert data["quoted"] and "35 minutes" in data["answer"] and data["citations"] and not llm.asked
+
+
+@pytest.mark.parametrize("said, no", [("The passages do not contain the answer.", True), ("This is not mentioned.", True),
+                                      ("文档没有提到。", True), ("Tickets are not provided on board.", False)])
+def test_a_refusal_is_told_from_an_answer_that_says_not(said, no):
+    assert rag.says_no(said) == no
+
+
 def test_a_model_that_finds_nothing_is_believed(store):
     add(store, HANDBOOK.read_bytes())
     done = dict(rag.answer(store, FakeLLM("Not mentioned in the passages."), "How long does the crossing take?"))["done"]
@@ -290,8 +303,8 @@ def test_cls_pooling_and_query_instruction(tmp_path):
     with torch.no_grad():
         theirs = model.bert(torch.tensor([[2, *ids, 3]])).last_hidden_state[0, 0]
     assert own.instruction and own.reads(own.tokenizer.encode("船票多少钱"))
-    assert torch.allclose(own.encode(["船票多少钱"], query=True)[0], torch.nn.functional.normalize(theirs, dim=0), atol=1e-5)
-    assert not torch.allclose(own.encode(["船票多少钱"])[0], own.encode(["船票多少钱"], query=True)[0], atol=1e-3)
+    assert torch.allclose(own.encode([own.instruction + "船票多少钱"])[0], torch.nn.functional.normalize(theirs, dim=0), atol=1e-5)
+    assert not torch.allclose(own.encode(["船票多少钱"])[0], own.encode([own.instruction + "船票多少钱"])[0], atol=1e-3)
 
 
 def test_the_dense_leg_is_left_out_where_the_encoder_cannot_read(store, embedder):
@@ -457,6 +470,37 @@ def test_a_stop_while_parsing_is_no_failure(tmp_path, embedder):
         assert db.execute("select status, attempts from documents").fetchall() == [("queued", 0)]
 
 
+def test_a_failure_at_the_last_moment_leaves_no_document_stuck_and_none_twice(store, monkeypatch, capsys):
+    """The disk is full when the chunks are to be stored, and when that is to be written down; then there is room again."""
+    honest, full = store.transaction, iter([True, True])
+
+    def transaction():
+        if threading.current_thread() is store.worker and store.documents()[0]["status"] == "processing" and next(full, False):
+            raise rag.sqlite3.OperationalError("database or disk is full")
+        return honest()
+    monkeypatch.setattr(store, "transaction", transaction)
+    honest_wait = store.wake.wait
+    monkeypatch.setattr(store.wake, "wait", lambda seconds=None: honest_wait(min(seconds or 0.1, 0.1)))
+    row = add(store, HANDBOOK.read_bytes())
+    assert row["status"] == "ready" and row["chunks"] == 6 and "disk is full" in capsys.readouterr().err
+    broken, snapshot = iter([True]), rag.Snapshot
+    monkeypatch.setattr(rag, "Snapshot", lambda *how: 1 / 0 if next(broken, False) else snapshot(*how))
+    row = add(store, pdf("The ferry leaves at nine."))                      # fails after the commit: indexed once more
+    assert row["status"] == "ready" and row["chunks"] == 1 and row["attempts"] == 2 and len(store.snapshot.chunks) == 7
+
+
+def test_a_store_can_be_closed_at_any_moment(tmp_path, embedder):
+    for i in range(20):
+        store = rag.Store(tmp_path / str(i), embedder, rag.Config(parse_seconds=60))
+        if i % 2:
+            add(store, HANDBOOK.read_bytes(), wait=False)
+        time.sleep(0.02 * (i % 5))
+        closing = threading.Thread(target=store.close, daemon=True)
+        closing.start()
+        closing.join(20)
+        assert not closing.is_alive()
+
+
 def test_one_process_owns_the_folder(store):
     run = program("ask", "x", "--data", str(store.folder))
     assert run.returncode == 2 and "another process uses this folder" in run.stderr and run.stderr.count("\n") == 1
@@ -593,6 +637,11 @@ def test_words_without_spaces_in_the_pdf_are_told_apart(tmp_path):
     (tmp_path / "a.pdf").write_bytes(pdf("", raw=b"BT /F1 10 Tf 50 700 Td [(The)-250(ferry)-250(lea)20(ves)-250(soon.)] TJ ET",
                                          font="/BaseFont /X /Subtype /Type1 /FirstChar 32 /LastChar 33 /Widths [1000 1000]"))
     assert rag.parse(tmp_path / "a.pdf", rag.Config())[0] == ["The ferry leaves soon."]
+
+
+def test_ligatures_of_the_handbook_stay_in_their_words(tmp_path):
+    text = "\n".join(rag.parse(HANDBOOK, rag.Config())[0])
+    assert text.count("office") >= 2 and "o ffice" not in text
 
 
 def test_chunks_are_whole_sentences_with_overlap_that_know_where_they_stood(embedder):
@@ -733,6 +782,23 @@ def elsewhere():
     server.shutdown()
 
 
+def test_a_server_that_says_nothing_does_not_hold_up_the_end(elsewhere, monkeypatch):
+    elsewhere.RequestHandlerClass.do_POST = lambda self: time.sleep(20)
+    llm, ended = rag.RemoteLLM(f"http://127.0.0.1:{elsewhere.server_port}/v1", "m"), []
+
+    def read():
+        with pytest.raises(rag.LLMError):
+            list(llm.stream([{"role": "user", "content": "x"}], 5))
+        ended.append(True)
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    while not llm.sockets:
+        time.sleep(0.01)
+    llm.close()
+    thread.join(5)
+    assert ended and not llm.sockets
+
+
 def test_any_openai_compatible_server(store, elsewhere, capfd):
     add(store, HANDBOOK.read_bytes())
     llm = rag.RemoteLLM(f"http://127.0.0.1:{elsewhere.server_port}/v1/", "some-model", "sekret")
@@ -791,7 +857,7 @@ def test_the_same_tokens_alone_and_in_company_with_and_without_a_known_beginning
     assert ["".join(reply) for reply in replies] == alone
     replies = [llm.stream(messages(text), 24) for text in TALK]
     assert ["".join(reply) for reply in replies] == alone
-    assert replies[3].tokens["cached"] >= 128 and replies[3].tokens["cached"] % rag.CHUNK == 0
+    assert replies[3].tokens["cached"] >= 128 and replies[3].tokens["cached"] % rag.BLOCK == 0
     assert all(reply.ms["prefill"] > 0 and "engine_queue" in reply.ms for reply in replies)
 
 
@@ -812,6 +878,8 @@ def test_each_answer_is_sampled_its_own_way(llm):
     texts = ["".join(llm.stream(messages(TALK[1]), 24, **h)) for h in how]
     together = ["".join(reply) for reply in [llm.stream(messages(TALK[1]), 24, **h) for h in how]]
     assert texts[0] == texts[2] != texts[1] and together == texts
+    for near in (dict(temperature=1.0, top_p=0.0), dict(temperature=1e-40)):
+        assert "".join(llm.stream(messages(TALK[1]), 24, **near)) == texts[3]       # as good as always the best
     word = texts[3].split()[3]
     cut = "".join(llm.stream(messages(TALK[1]), 24, stop=[word, "never said"]))
     assert cut == texts[3][:texts[3].index(word)]
@@ -849,12 +917,12 @@ def test_who_leaves_frees_the_slot_and_who_does_not_read_holds_none(llm):
 
 
 def test_a_step_that_fails_fails_its_answers_only(llm, monkeypatch):
-    model = llm.model
+    model, before = llm.model, "".join(llm.stream(messages(TALK[0]), 8))
     monkeypatch.setattr(llm, "model", lambda *_: 1 / 0)
     with pytest.raises(rag.LLMError, match="ZeroDivisionError"):
         list(llm.stream(messages(TALK[0]), 5))
     monkeypatch.setattr(llm, "model", model)
-    assert "Paris" in "".join(llm.stream(messages(TALK[0]), 8))
+    assert "".join(llm.stream(messages(TALK[0]), 8)) == before != ""
     settle(llm)
 
 
@@ -874,7 +942,7 @@ def test_an_adapter_sits_on_what_it_was_trained_on(tmp_path):
 
 
 def test_prefixes_keep_what_was_used_last():
-    prefixes, rng = rag.Prefixes(4 * rag.CHUNK), np.random.default_rng(0)
+    prefixes, rng = rag.Prefixes(4 * rag.BLOCK), np.random.default_rng(0)
 
     class Cache:
         def __init__(self, S=1000):
@@ -883,7 +951,7 @@ def test_prefixes_keep_what_was_used_last():
 
         def advance(self, T):
             self.length += T
-    prompts = [rng.integers(0, 100, 3 * rag.CHUNK + 5).tolist() for _ in range(2)]
+    prompts = [rng.integers(0, 100, 3 * rag.BLOCK + 5).tolist() for _ in range(2)]
     full = Cache()
     for layer in full.k + full.v:
         layer.copy_(torch.randn(layer.shape))
@@ -891,20 +959,20 @@ def test_prefixes_keep_what_was_used_last():
     cache = Cache()
     prefixes.load(prompts[0], cache)
     n = cache.length
-    assert n == 3 * rag.CHUNK and all(torch.equal(a[:, :, :n], b[:, :, :n]) for a, b in zip(cache.k + cache.v, full.k + full.v))
-    other = prompts[0][:rag.CHUNK] + prompts[1][rag.CHUNK:]             # the same beginning, and then not
+    assert n == 3 * rag.BLOCK and all(torch.equal(a[:, :, :n], b[:, :, :n]) for a, b in zip(cache.k + cache.v, full.k + full.v))
+    other = prompts[0][:rag.BLOCK] + prompts[1][rag.BLOCK:]             # the same beginning, and then not
     cache = Cache()
     prefixes.load(other, cache)
-    assert cache.length == rag.CHUNK
-    exact = prompts[0][:2 * rag.CHUNK]
+    assert cache.length == rag.BLOCK
+    exact = prompts[0][:2 * rag.BLOCK]
     cache = Cache()
     prefixes.load(exact, cache)
-    assert cache.length == rag.CHUNK                                    # its last token must be computed
+    assert cache.length == rag.BLOCK                                    # its last token must be computed
     prefixes.save(prompts[1], full)
     assert len(prefixes.blocks) == 4
     cache = Cache()
     prefixes.load(prompts[1], cache)
-    assert cache.length == 3 * rag.CHUNK
+    assert cache.length == 3 * rag.BLOCK
 
 
 def test_the_stages_of_an_answer(store):
@@ -929,6 +997,15 @@ def test_the_stages_of_an_answer(store):
     assert values["rag_ttft_seconds_count"] == 3 == values['rag_ttft_seconds_bucket{le="+Inf"}']
     assert values["rag_running"] == values["rag_waiting"] == values["rag_asking"] == 0
     assert values['rag_documents{status="ready"}'] == 1 and values["rag_chunks"] == 6
+
+
+def test_the_log_tells_an_internal_error(store, capfd, monkeypatch):
+    monkeypatch.setattr(store, "documents", lambda *_: 1 / 0)
+    with Server(store) as server:
+        assert server.json("GET", "/documents") == (500, {"error": "internal error, see the server's log"})
+    monkeypatch.undo()
+    lines = [json.loads(line) for line in capfd.readouterr().err.split("\n") if line.startswith("{")]
+    assert [(line["path"], line["status"]) for line in lines] == [("/documents", 500)]
 
 
 def test_the_log_has_no_text_and_no_key(store, capfd):
@@ -989,7 +1066,8 @@ def test_openai_interface(store):
             assert ("usage" in chunks[-1] and chunks[-1]["choices"] == []) == bool(options)
         for wrong, status in (({"messages": []}, 422), ({"messages": [{"role": "assistant", "content": "x"}]}, 422),
                               ({"messages": [{"role": "tool", "content": "x"}]}, 422), (asked | {"n": 2}, 422),
-                              (asked | {"temperature": 9}, 422), (asked | {"stop": 3}, 422)):
+                              (asked | {"temperature": 9}, 422), (asked | {"stop": 3}, 422),
+                              (asked | {"stop": ["x" * 101]}, 422), (asked | {"stop": list("abcde")}, 422)):
             answer = server.json("POST", "/v1/chat/completions", wrong)
             assert answer[0] == status and set(answer[1]["error"]) == {"message", "type", "param", "code"}
         server.llm.says = "It takes 99 hours."          # streamed, then found to be unsupported
@@ -1101,7 +1179,9 @@ def test_ingest_and_ask_with_the_local_model(tmp_path):
 @pytest.mark.parametrize("args, env, reason", [
     (["serve", "--host", "0.0.0.0"], {}, "RAG_API_KEY"), (["serve", "--port", "70000"], {}, "0..65535"),
     (["ingest", "nowhere.pdf"], {}, "nowhere.pdf"), (["ask", "x", "--embedder", "nowhere"], {}, "config.json"),
-    (["ask", "x"], {"LLM_BASE_URL": "ftp://x", "LLM_MODEL": "m"}, "LLM_BASE_URL"), (["frobnicate"], {}, "frobnicate")])
+    (["ask", "x"], {"LLM_BASE_URL": "ftp://x", "LLM_MODEL": "m"}, "LLM_BASE_URL"), (["frobnicate"], {}, "frobnicate"),
+    (["ask", "x"], {"LLM_BASE_URL": "http://[::1/v1", "LLM_MODEL": "m"}, "LLM_BASE_URL"),
+    (["ask", "x"], {"LLM_BASE_URL": "http://x:port/v1", "LLM_MODEL": "m"}, "LLM_BASE_URL")])
 def test_bad_input_names_the_cause(tmp_path, monkeypatch, capsys, args, env, reason):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
