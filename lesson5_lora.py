@@ -687,15 +687,20 @@ def quantize_nf4(weight, double_quant=True, levels=NF4):
 
 
 def dequantize_nf4(w, dtype=None, levels=NF4):
-    """NF4Weight -> the tensor, in `dtype` or the one it had. A byte is looked up as a whole."""
+    """NF4Weight -> the tensor, in `dtype` or the one it had. A byte is looked up as a whole; on a CPU in parts that its
+    cache holds, or most of the time would go into fetching fresh memory for what is thrown away at once."""
     absmax, device = w.absmax, w.packed.device
     if w.nested is not None:
         scaled = dynamic_map(device).gather(0, absmax.long())            # (blocks,)
         absmax = scaled * w.nested.repeat_interleave(256)[:len(absmax)] + w.offset
-    blocks = F.pad(w.packed.flatten(), (0, -len(w.packed) % 32)).view(-1, 32).long()            # (n/2,1) -> (blocks,32)
+    blocks = F.pad(w.packed.flatten(), (0, -len(w.packed) % 32)).view(-1, 32)                   # (n/2,1) -> (blocks,32)
     pairs = byte_map(tuple(levels.tolist()), device)                    # (256,1)
-    x = pairs.T.expand(len(blocks), 256).gather(1, blocks).view(torch.float32).mul_(absmax[:, None])    # (blocks,64)
-    return x.flatten()[:math.prod(w.shape)].view(w.shape).to(dtype or w.dtype)
+    x = torch.empty(len(blocks), 64, dtype=dtype or w.dtype, device=device)
+    part = 2048 if device.type == "cpu" else len(blocks)
+    for q, scale, out in zip(*(t.split(part) for t in (blocks, absmax[:, None], x))):
+        values = pairs.T.expand(len(q), 256).gather(1, q.long()).view(torch.float32)            # (part,32) -> (part,64)
+        out.copy_(values.mul_(scale))
+    return x.flatten()[:math.prod(w.shape)].view(w.shape)
 
 
 class NF4Product(torch.autograd.Function):

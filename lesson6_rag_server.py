@@ -716,6 +716,11 @@ def embed(chunks, embedder, stop=lambda: False, batch=64):
 
 # ---- search: what readers see ---------------------------------------------------------------------
 
+def product(a, b):
+    """a @ b of arrays, by torch: numpy's own threads would spin on for a while, and take their cores from torch's."""
+    return (torch.from_numpy(a) @ torch.from_numpy(b)).numpy()
+
+
 class Segment:
     """One document, ready to be searched: chunks, vectors (N,C), and where each term occurs. Never changes."""
 
@@ -797,8 +802,8 @@ class Snapshot:
             with contextlib.suppress(RuntimeError):             # hnswlib found fewer than it was asked for
                 labels, _ = self.graph.index.knn_query(vector, min(2 * n, len(self.graph.labels)))
                 near = [i for label in labels[0] for i in self.found.get(int(label), [])] + self.rest
-                return [near[i] for i in best(self.vectors[near] @ vector, n)]
-        return best(self.vectors @ vector, n)                   # (N,C) @ (C,) -> (N,)
+                return [near[i] for i in best(product(self.vectors[near], vector), n)]
+        return best(product(self.vectors, vector), n)           # (N,C) @ (C,) -> (N,)
 
     def only(self, docs):
         """The same with some of the documents."""
@@ -912,7 +917,7 @@ class Question:
         found = [set(terms(chunk.text[a:b])) for a, b, _ in chunk.spans]
         if dense := tokens is not None and self.vector is not None:
             x = tokens / np.linalg.norm(tokens.astype(np.float32), axis=1, keepdims=True)
-            match = self.tokens @ x.T                                                           # (Q,128) @ (128,T)
+            match = product(self.tokens, x.T)                                                   # (Q,128) @ (128,T)
             ends = np.cumsum([n for _, _, n in chunk.spans])
 
         def cover(first, last):

@@ -1095,6 +1095,20 @@ def test_the_real_openai_client(store):
             list(client.chat.completions.create(stream=True, **ask))
 
 
+def test_the_real_llm_command(store, tmp_path):
+    """Simon Willison's llm, told of the server by a file of three lines."""
+    pytest.importorskip("llm")
+    add(store, HANDBOOK.read_bytes())
+    with Server(store, key="k") as server:
+        (tmp_path / "extra-openai-models.yaml").write_text(
+            f"- model_id: pdfs\n  model_name: rag\n  api_base: http://127.0.0.1:{server.port}/v1\n", encoding="utf-8")
+        for how in ([], ["--no-stream"]):
+            run = subprocess.run([sys.executable, "-m", "llm", "-m", "pdfs", "--key", "k", *how, "How long does the crossing take?"],
+                                 env=os.environ | {"LLM_USER_PATH": str(tmp_path)}, stdin=subprocess.DEVNULL, capture_output=True,
+                                 text=True, encoding="utf-8", timeout=60)
+            assert run.returncode == 0 and "35 minutes" in run.stdout, run
+
+
 def test_the_real_httpx_sse_client(store):
     sse, httpx = pytest.importorskip("httpx_sse"), pytest.importorskip("httpx")
     add(store, HANDBOOK.read_bytes())
