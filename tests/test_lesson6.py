@@ -1096,12 +1096,13 @@ def test_the_real_openai_client(store):
 
 
 def test_the_real_llm_command(store, tmp_path):
-    """Simon Willison's llm, told of the server by a file of three lines."""
+    """Simon Willison's llm, told of the server by a file of four lines."""
     pytest.importorskip("llm")
     add(store, HANDBOOK.read_bytes())
     with Server(store, key="k") as server:
         (tmp_path / "extra-openai-models.yaml").write_text(
-            f"- model_id: pdfs\n  model_name: rag\n  api_base: http://127.0.0.1:{server.port}/v1\n", encoding="utf-8")
+            f"- model_id: pdfs\n  model_name: rag\n  api_base: http://127.0.0.1:{server.port}/v1\n  api_key_name: pdfs\n",
+            encoding="utf-8")
         for how in ([], ["--no-stream"]):
             run = subprocess.run([sys.executable, "-m", "llm", "-m", "pdfs", "--key", "k", *how, "How long does the crossing take?"],
                                  env=os.environ | {"LLM_USER_PATH": str(tmp_path)}, stdin=subprocess.DEVNULL, capture_output=True,
