@@ -180,7 +180,7 @@ def download(url, path, token=None):
             while block := answer.read(1 << 16):
                 done += f.write(block)
                 progress(done // 1000, (done - had) // 1000)
-    if done != total:
+    if done != total and answer.headers["Content-Length"]:  # without it the answer came in chunks, the last one marked
         raise OSError(f"{url} broke off after {done} of {total} bytes; run again to continue")
     part.replace(path)
 

@@ -263,6 +263,7 @@ def fetch_hub(repo):
             return True
         except urllib.error.HTTPError as e:
             if e.code == 404 and not needed:
+                (folder / f"{name}.part").unlink(missing_ok=True)
                 return False
             raise BadInput(f"{hub} answers {e.code} for {repo}/{name}: check the name, set HF_TOKEN for a model behind "
                            "a licence, or give a folder with --model") from None

@@ -11,6 +11,10 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than four seconds; `python -m pytest -m 'not slow'` leaves these out")
+
+
 @pytest.fixture
 def run(tmp_path):
     """run("lesson4_gpt.py", "overfit") runs the real command line in an empty folder; returns the finished process."""

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import pathlib
+import random
 import shutil
 import sys
 
@@ -36,7 +37,7 @@ def pages_of(question):
 
 def auc(positive, negative):
     """The chance that a positive scores above a negative; ties count half."""
-    if not positive or not negative:
+    if not len(positive) or not len(negative):
         return float("nan")
     p, n = np.array(positive)[:, None], np.array(negative)[None]
     return float((p > n).mean() + (p == n).mean() / 2)
@@ -127,6 +128,57 @@ def report(rows, title):
     return {" ".join(k if isinstance(k, str) else map(str, k)): v for k, v in numbers.items()}
 
 
+def answerability(store, ids, questions, steps):
+    """A try that did not help: lesson 5's LoRA learns on the calibration documents whether a passage answers a question,
+    and log P(yes) - log P(no) of the two best passages is the score. Prints its AUC beside that of the evidence."""
+    import torch
+
+    import lesson5_lora as lesson5
+
+    def asked(question, passage):
+        return [{"role": "user", "content": f"Passage: {passage}\n\nQuestion: {question}\n\nDoes the passage answer the question? "
+                                            "Say yes or no."}]
+    pairs, rows = {"yes": [], "no": []}, []
+    for q in questions:
+        if q["kind"] == "off_topic":
+            continue
+        found = rag.retrieve(store, q["question"], 6, store.snapshot.only([ids[q["pdf"]]]))
+        rows.append((q, found))
+        for hit in found.hits[:5] if q["pdf"] in CALIBRATION else ():
+            there = hit.chunk.page in pages_of(q)
+            if q["kind"] == "answerable" and there and any(a.lower() in hit.chunk.text.lower() for a in q["answer_any"]):
+                pairs["yes"].append(asked(q["question"], hit.chunk.text))
+            elif not there:
+                pairs["no"].append(asked(q["question"], hit.chunk.text))
+    random.Random(0).shuffle(pairs["no"])
+    pairs["no"] = pairs["no"][:2 * len(pairs["yes"])]
+    print({said: len(some) for said, some in pairs.items()}, "passages to learn from", flush=True)
+    model, tokenizer = lesson5.load_model(weights="nf4")
+    conversations = [tokenizer.encode_supervised([*messages, {"role": "assistant", "content": said}])
+                     for said in ("yes", "yes", "no") for messages in pairs[said]]
+    config = lesson5.TrainConfig(steps=steps, lr=1e-3)
+    lesson5.add_adapter(model, config)
+    lesson5.train(model, tokenizer, conversations, config)
+    model, scores = lesson5.for_decoding(model, 16), []
+    yes, no = (tokenizer.encode(said)[0] for said in ("yes", "no"))
+    for q, found in rows:
+        best = []
+        for hit in found.hits[:2]:
+            idx = torch.tensor([tokenizer.encode_chat(asked(q["question"], hit.chunk.text))])
+            with torch.inference_mode():
+                logits = model(idx, lesson5.KVCache(model, 1, idx.size(1)), torch.arange(idx.size(1))[None] == idx.size(1) - 1)
+            best.append((logits[0, yes] - logits[0, no]).item())
+        scores.append(max(best))
+    for lang in sorted({q["lang"] for q, _ in rows}):
+        for half, inside in (("calibration half", True), ("reported half", False)):
+            some = [(q["kind"] == "answerable", found.score, s) for (q, found), s in zip(rows, scores)
+                    if q["lang"] == lang and (q["pdf"] in CALIBRATION) == inside]
+            right, evidence, said = map(np.array, zip(*some))
+            both = (evidence - evidence.mean()) / evidence.std() + (said - said.mean()) / said.std()
+            print(f"{half:17} {lang}: AUC against near misses by " + ", ".join(f"{name} {auc(x[right], x[~right]):.3f}" for name, x in (
+                ("evidence", evidence), ("the adapter", said), ("their sum", both))), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", type=pathlib.Path)
@@ -134,6 +186,7 @@ def main():
     parser.add_argument("--json", type=pathlib.Path, help="write all rows and numbers here")
     parser.add_argument("--together", action="store_true", help="ask of all documents at once, not of its own")
     parser.add_argument("--retrieval-only", action="store_true", help="without the language model")
+    parser.add_argument("--answerability", type=int, metavar="STEPS", help="instead: train lesson 5's LoRA to judge passages")
     parser.add_argument("--data", default="out/eval6", help="folder of the index")
     parser.add_argument("--limit", type=int, help="every n-th question only, so that about this many are asked")
     parser.add_argument("--embedder", default=argparse.SUPPRESS)
@@ -146,6 +199,9 @@ def main():
     config = rag.Config(**given(args, rag.Config))
     store = rag.open_store(config)
     ids = index(store, args.pdfs, {q["pdf"] for q in questions})
+    if args.answerability:
+        answerability(store, ids, questions, args.answerability)
+        return store.close()
     llm = None if args.retrieval_only else rag.make_llm(config)
     progress, rows = Progress(len(questions), name="question", unit="questions"), []
     for n, q in enumerate(questions, 1):

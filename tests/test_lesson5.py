@@ -910,6 +910,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if begin >= len(data):
             return self.send_error(416)
         self.send_response(206 if server.ranges else 200)
+        if server.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            return self.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(data) - begin, data[begin:]))
         self.send_header("Content-Length", str(len(data) - begin))
         self.end_headers()
         self.wfile.write(data[begin:begin + server.cut.pop(name, len(data))])
@@ -921,7 +925,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch, tmp_path, folder):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder, server.seen, server.cut, server.status, server.ranges = folder, [], {}, {}, True
+    server.folder, server.seen, server.cut, server.status, server.ranges, server.chunked = folder, [], {}, {}, True, False
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -940,13 +944,13 @@ def test_a_hub_id_is_downloaded_once_and_loads(hub, tmp_path, monkeypatch):
     assert hub.seen[0][0] == "/some-org/tiny_1.0/resolve/main/config.json" and {seen[2] for seen in hub.seen} == {"Bearer secret"}
     n = len(hub.seen)
     load_model("some-org/tiny_1.0", dtype=torch.float32)
-    assert len(hub.seen) == n                                   # also for the files that it does not have
+    assert len(hub.seen) == n and not list((tmp_path / "data").rglob("*.part"))     # asks not even for what the hub has not
 
 
 def test_a_token_follows_a_redirect_to_the_same_host_only(hub, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "secret")
     honest, other = Hub.do_GET, http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    other.folder, other.seen, other.cut, other.status, other.ranges = hub.folder, [], {}, {}, True
+    other.folder, other.seen, other.cut, other.status, other.ranges, other.chunked = hub.folder, [], {}, {}, True, False
     threading.Thread(target=other.serve_forever, daemon=True).start()
 
     def redirect(self):
@@ -979,6 +983,12 @@ def test_a_download_goes_on_where_it_broke_off(hub, ranges):
     model, _ = load_model("org/m", dtype=torch.float32)
     asked = [r for name, r, _ in hub.seen if name.endswith("/model.safetensors")]
     assert asked == [None, "bytes=69999-"] and torch.equal(model(ids_of()), tiny()[0](ids_of()))
+
+
+def test_a_mirror_may_answer_in_chunks(hub, monkeypatch):
+    hub.chunked = True
+    monkeypatch.setattr(Hub, "protocol_version", "HTTP/1.1")
+    assert torch.equal(load_model("org/m", dtype=torch.float32)[0](ids_of()), tiny()[0](ids_of()))
 
 
 def test_shards_are_downloaded_by_their_index(hub):
