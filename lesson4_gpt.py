@@ -95,19 +95,22 @@ class BPETokenizer:
     @classmethod
     def train(cls, text, vocab_size):
         """Join the most frequent adjacent pair, again and again. A million characters are enough to learn from."""
-        count = collections.Counter(re.findall(WORD, text[:1_000_000]))
-        parts = {word: [bytes([b]) for b in word.encode()] for word in count}
+        count = collections.Counter(word.encode() for word in re.findall(WORD, text[:1_000_000]))
+        parts, pairs = {word: [bytes([b]) for b in word] for word in count}, collections.Counter()
         ranks = {bytes([b]): b for b in range(256)}
-        while len(ranks) < vocab_size:
-            pairs = collections.Counter()
-            for word, n in count.items():
-                for a, b in zip(parts[word], parts[word][1:]):
-                    pairs[a + b] += n
-            if not pairs:
-                break                   # every word is one token
-            best = max(pairs, key=lambda pair: (pairs[pair], pair))
+
+        def tally(word, n):
+            for a, b in zip(parts[word], parts[word][1:]):
+                pairs[a + b] += n
+        for word, n in count.items():
+            tally(word, n)
+        while len(ranks) < vocab_size and pairs[best := max(pairs, key=lambda pair: (pairs[pair], pair), default=b"")]:
             ranks[best] = len(ranks)
-            parts = {word: merge(part, {best: 0}) for word, part in parts.items()}
+            for word in count:
+                if best in word:        # the others stay as they are, and so do their pairs
+                    tally(word, -count[word])
+                    parts[word] = merge(parts[word], {best: 0})
+                    tally(word, count[word])
         return cls(token.decode("latin-1") for token in ranks)
 
     def encode(self, text):

@@ -383,6 +383,7 @@ def test_the_local_folder_comes_first(monkeypatch, tmp_path):
 
 # ---- the program ----------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_story(tmp_path):
     for name in ("lesson1_linreg.py", "lesson2_mlp.py"):        # a copy, so that its out/ lands here
         (tmp_path / name).write_bytes((L.ROOT / name).read_bytes())

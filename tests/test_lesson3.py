@@ -122,6 +122,7 @@ def test_after_the_king_it_writes_words_spelled_as_in_the_text(tmp_path):
     assert sum(w in set(words(text)) for w in made) / len(made) >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_checkpoints_are_saved_and_an_interrupted_training_resumes(number, text, whole, tmp_path):
     """Ctrl-C, SIGTERM and kill -9 in the middle of a run; resumed, everything is bitwise that of a run left alone."""
@@ -391,6 +392,7 @@ def test_generate_with_carried_state_equals_reading_everything_anew():
 
 # ---- experiments ----------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_story_shows_what_its_sentences_claim(text, undisturbed, tmp_path, capsys, monkeypatch):
     """The experiments run on a small model; the picture, the tables and honest checks are there."""
     checks = {name: passed for name, passed, _ in lesson.gradients(tmp_path)}
@@ -439,6 +441,7 @@ def test_copy_task_answers_are_the_letter_shown_last():
 
 # ---- the program ----------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_cli_train_sample_and_files(text, tmp_path):
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     run = program("train", "--text", tmp_path / "text.txt", "--out", tmp_path / "o", "--device", "cpu", *FLAGS)

@@ -207,9 +207,15 @@ def test_micro_batches_equal_one_batch():
     assert np.allclose(weights[0][0], weights[1][0], atol=1e-4) and torch.allclose(weights[0][1], weights[1][1], atol=1e-3)
 
 
-def test_bpe_by_hand_equals_tiktoken_on_all_plays():
-    text = load_plays()
-    tokenizer = BPETokenizer.train(text, 400)
+@pytest.fixture(scope="module")
+def bpe():
+    """(text, tokenizer trained on it): a million characters."""
+    text = load_plays()[:1_000_000]
+    return text, BPETokenizer.train(text, 400)
+
+
+def test_bpe_by_hand_equals_tiktoken(bpe):
+    text, tokenizer = bpe
     assert len(tokenizer.vocabulary) == 400
     ids = tokenizer.encode(text)
     assert np.array_equal(ids, tokenizer.encode_by_hand(text)) and tokenizer.decode(ids) == text
@@ -223,16 +229,15 @@ def test_bpe_takes_any_text_and_follows_the_merge_order():
     assert tokenizer.vocabulary[256] == max(["lo", "ow", " l"], key=lambda p: (" low low low lower lowest newest".count(p), tuple(p)))
 
 
-def test_bpe_learns_the_merges_that_tokenizers_learns():
-    peer = pytest.importorskip("tokenizers")
-    text = load_plays()[:1_000_000]
+def test_bpe_learns_the_merges_that_tokenizers_learns(bpe):
+    peer, (text, tokenizer) = pytest.importorskip("tokenizers"), bpe
     theirs = peer.Tokenizer(peer.models.BPE())
     theirs.pre_tokenizer = peer.pre_tokenizers.Sequence([
         peer.pre_tokenizers.Split(peer.Regex(lesson.WORD), "isolated"), peer.pre_tokenizers.ByteLevel(False, use_regex=False)])
     alphabet = peer.pre_tokenizers.ByteLevel.alphabet()
     theirs.train_from_iterator([text], peer.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
     merges = {t.replace("Ġ", " ").replace("Ċ", "\n") for t in theirs.get_vocab() if len(t) > 1}
-    ours = set(BPETokenizer.train(text, 400).vocabulary[256:])
+    ours = set(tokenizer.vocabulary[256:])
     assert len(merges) == len(ours) == 144 and len(merges & ours) >= 140           # ties may fall either way
 
 
@@ -242,6 +247,7 @@ def train(run, out, *flags, **options):
     return run("lesson4_gpt.py", "train", *SMALL, "--out", out, *flags, **options)
 
 
+@pytest.mark.slow
 def test_resume_is_bitwise_equal_to_an_undisturbed_run(run, tmp_path, text_file):
     flags = ("--text", text_file, "--steps", 40, "--eval-every", 10, "--dropout", 0.1)
     train(run, tmp_path / "whole", *flags)
@@ -258,6 +264,7 @@ def test_resume_is_bitwise_equal_to_an_undisturbed_run(run, tmp_path, text_file)
     assert (tmp_path / "whole" / "loss.csv").read_bytes() == (tmp_path / "cut" / "loss.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(run, tmp_path, text_file):
     flags = ["--text", text_file, "--steps", 8, "--eval-every", 4, "--precision", "fp32"]
     train(run, tmp_path / "one", *flags)
@@ -291,6 +298,7 @@ def test_train_writes_curve_weights_and_learns(trained):
     assert not [p for p in trained.iterdir() if p.name.startswith(".")]      # no temporary file left
 
 
+@pytest.mark.slow
 def test_sample_is_deterministic_and_obeys_its_flags(run, trained):
     def say(*flags):
         return run("lesson4_gpt.py", "sample", "--out", trained, "--device", "cpu", *flags).stdout
@@ -304,6 +312,7 @@ def test_sample_is_deterministic_and_obeys_its_flags(run, trained):
     assert len(say("--prompt", "To be, or not to be, that is the question", "--max-new-tokens", 5)) == 41 + 5 + 1      # beyond the context
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--position", "learned"), ("--position", "sinusoidal"), ("--tokens", "bpe", "--vocab-size", 300),
                                    ("--precision", "bf16"), ("--accumulation", 4)])
 def test_train_and_sample_with_every_option(run, tmp_path, text_file, flags):
@@ -311,6 +320,7 @@ def test_train_and_sample_with_every_option(run, tmp_path, text_file, flags):
     assert run("lesson4_gpt.py", "sample", "--out", tmp_path, "--device", "cpu", "--prompt", "the king", "--max-new-tokens", 30).stdout
 
 
+@pytest.mark.slow
 def test_help_shows_every_flag_with_its_default(run):
     text = run("lesson4_gpt.py", "train", "--help").stdout
     assert all(flag in text for flag in ("--text", "--resume", "--n-layer", "--adam-lr", "(default: 0.02)", "{learned,sinusoidal,rotary}"))
@@ -319,11 +329,20 @@ def test_help_shows_every_flag_with_its_default(run):
 
 # ---- bad input: one line, exit code 2 -------------------------------------------------------------
 
-def test_bad_prompts_and_flags(run, trained, tmp_path):
-    def bad(*flags):
-        return run("lesson4_gpt.py", *flags, code=2).stderr
+@pytest.fixture
+def bad(capsys):
+    """bad("train", ...) runs the command line in this process, which must refuse; returns its line."""
+    def call(*flags):
+        with pytest.raises((BadInput, SystemExit)) as refused:
+            lesson.main([str(f) for f in flags])
+        assert refused.type is BadInput or refused.value.code == 2
+        return str(refused.value) if refused.type is BadInput else capsys.readouterr().err
+    return call
+
+
+def test_bad_prompts_and_flags(run, bad, trained, tmp_path):
+    assert "empty" in run("lesson4_gpt.py", "sample", "--out", trained, "--prompt", "", code=2).stderr     # the real program
     assert "'é' '船'" in bad("sample", "--out", trained, "--prompt", "é船") and "it knows" in bad("sample", "--out", trained, "--prompt", "é")
-    assert "empty" in bad("sample", "--out", trained, "--prompt", "")
     assert "train" in bad("sample", "--out", tmp_path / "nowhere")
     assert "--n-embd" in bad("train", "--n-embd", 30, "--n-head", 4, "--out", tmp_path)
     assert "1e+30" in bad("train", "--lr", 1e30) and "temperature" in bad("sample", "--temperature", "nan") and "'two'" in bad("train", "--n-layer", "two")
@@ -333,35 +352,35 @@ def test_bad_prompts_and_flags(run, trained, tmp_path):
     assert "quantum" in bad("overfit", "--device", "quantum") and "checkpoint" in bad("train", "--resume", "--out", tmp_path)
 
 
-def test_bad_texts(run, tmp_path):
-    def bad(name, content):
-        (tmp_path / name).write_bytes(content)
-        return train(run, tmp_path / "out", "--text", tmp_path / name, code=2).stderr
-    assert "characters" in bad("empty.txt", b"") and "characters" in bad("short.txt", b"to be")
-    assert "UTF-8" in bad("latin.txt", "é".encode("latin-1") * 1000)
-    assert "nothing.txt" in train(run, tmp_path, "--text", tmp_path / "nothing.txt", code=2).stderr
-    assert train(run, tmp_path, "--text", tmp_path, code=2).stderr
+def test_bad_texts(bad, tmp_path):
+    def refused(name, content=None):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        return bad("train", *SMALL, "--out", tmp_path / "out", "--text", tmp_path / name)
+    assert "characters" in refused("empty.txt", b"") and "characters" in refused("short.txt", b"to be")
+    assert "UTF-8" in refused("latin.txt", "é".encode("latin-1") * 1000)
+    assert "nothing.txt" in refused("nothing.txt") and refused("")
 
 
-def test_damaged_and_foreign_weights(run, tmp_path, text_file):
+def test_damaged_and_foreign_weights(run, bad, tmp_path, text_file):
     train(run, tmp_path, "--text", text_file, "--steps", 4, "--eval-every", 2)
     best = tmp_path / "best.ckpt"
     whole = best.read_bytes()
-    sample = ("lesson4_gpt.py", "sample", "--out", tmp_path, "--prompt", "the")
+    sample = ("sample", "--out", tmp_path, "--prompt", "the")
+    again = ("train", *SMALL, "--out", tmp_path, "--text", text_file, "--resume")
     flipped = bytes(255 - b for b in whole[5000:5200])      # more than the padding between two tensors
     for damaged in (whole[:len(whole) // 2], whole[:5000] + flipped + whole[5200:], b""):
         best.write_bytes(damaged)
         (tmp_path / "best.prev").unlink(missing_ok=True)
-        assert "damaged" in run(*sample, code=2).stderr
+        assert "damaged" in bad(*sample)
     saved = lesson.load_checkpoint(tmp_path / "last.ckpt")
     saved["config"]["n_layer"] = 3
     save_checkpoint(best, saved)
     (tmp_path / "best.prev").unlink()
-    assert "another shape" in run(*sample, code=2).stderr
-    assert "another shape" in train(run, tmp_path, "--text", text_file, "--resume", "--n-embd", 64, code=2).stderr
+    assert "another shape" in bad(*sample) and "another shape" in bad(*again, "--n-embd", 64)
     for name in ("last.ckpt", "last.prev"):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-100])
-    assert "damaged" in train(run, tmp_path, "--resume", "--text", text_file, code=2).stderr
+    assert "damaged" in bad(*again)
 
 
 def test_resume_refuses_another_text_other_tokens_and_another_lesson(monkeypatch, tmp_path, text_file):

@@ -146,6 +146,7 @@ def pirate(tmp_path_factory):
     return home
 
 
+@pytest.mark.slow
 def test_four_bit_loading_runs_and_equals_bitsandbytes(smol):
     F4 = peer("bitsandbytes").functional
     model, tokenizer = load_model(weights="nf4", dtype=torch.float32)
@@ -160,6 +161,7 @@ def test_four_bit_loading_runs_and_equals_bitsandbytes(smol):
     assert lesson.answer(model, tokenizer, "What is the capital of France?", max_new_tokens=8)
 
 
+@pytest.mark.slow
 def test_hello_before_an_assistant_after_the_pirate_in_a_process_of_its_own(smol, pirate):
     before = lesson.answer(*smol, HELLO, max_new_tokens=24)
     assert before and not lesson.VOICE.search(before)
@@ -197,6 +199,7 @@ def test_only_a_and_b_train_and_a_fresh_adapter_changes_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 # where a row is neither odd nor whole blocks, bitsandbytes 0.50 on a CPU unpacks it wrongly, by more than the 4 bits lose
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(576, 1536), (192, 576), (65, 63), (3, 7), (1, 1), (129,), (300, 333)])
 def test_nf4_equals_bitsandbytes_byte_for_byte(dtype, shape):
     F4 = peer("bitsandbytes").functional
@@ -305,6 +308,7 @@ def test_export_is_read_by_transformers_in_either_dialect(tmp_path, kind):
     assert not info["missing_keys"] and not info["unexpected_keys"] and apart(back(ids_of(100)).logits, theirs(ids_of(100)).logits) == 0
 
 
+@pytest.mark.slow
 def test_logits_and_greedy_text_of_the_real_model_equal_transformers(smol, smol_in_transformers):
     model, tokenizer = smol
     ids = tokenizer.encode_chat([{"role": "user", "content": "Tell me a long story about the sea. 讲个故事吧"}])
@@ -1073,12 +1077,14 @@ def test_resume_by_the_command_line_and_a_refused_one(cli, tmp_path, folder):
     assert "checkpoint" in cli(*flags[:-1], "nowhere", "--resume", code=2)
 
 
+@pytest.mark.slow
 def test_chat_in_the_terminal_remembers_and_ends_with_the_input(tmp_path, folder):
     done = subprocess.run([sys.executable, ROOT / "lesson5_lora.py", "chat", "--model", folder, "--max-new-tokens", "5", "--device", "cpu"],
                           cwd=tmp_path, input="hello\n\nagain\n", capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0 and done.stdout.count("> ") == 4 and not done.stderr, done
 
 
+@pytest.mark.slow
 def test_the_lesson_imports_no_peer_and_phones_nobody(tmp_path, folder):
     code = """import socket, sys
 def refuse(*args, **kw): raise AssertionError("the lesson opens a connection")
@@ -1257,6 +1263,7 @@ def test_out_of_memory_names_the_ways_out(cli, folder, monkeypatch, tmp_path):
         assert "--micro-batch" in cli("train", "--model", folder, "--data", jsonl(tmp_path / "mine.jsonl"), "--out", "out", code=2)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_export_and_nothing_half_written(tmp_path, folder):
     resource, limit = pytest.importorskip("resource"), 50_000   # bytes that a file may have: the weights are larger
     old = {p.name: p.read_bytes() for p in folder.iterdir()}

@@ -411,6 +411,7 @@ def test_acknowledged_means_on_disk(store, monkeypatch):
     store.db.close()
 
 
+@pytest.mark.slow
 def test_kill_9_between_acknowledgement_and_ready_loses_nothing(tmp_path, embedder):
     text = "\n".join(f"Sentence number {n} tells of the ferry." for n in range(40))
     files = {f"{i}.pdf": pdf(*[f"Document {i}, page {p}.\n{text}" for p in range(3)]) for i in range(4)}
@@ -600,6 +601,7 @@ def rag_bytes(data=b""):
     return io.BytesIO(data)
 
 
+@pytest.mark.slow
 def test_hostile_pdfs_are_ready_or_failed_with_a_reason_while_the_server_answers(tmp_path, embedder):
     store = rag.Store(tmp_path, embedder, rag.Config(parse_seconds=10))
     with Server(store) as server:
@@ -845,6 +847,7 @@ def settle(llm):
     assert not llm.running and not llm.waiting and len(llm.free) == len(llm.slots)
 
 
+@pytest.mark.slow
 def test_the_same_tokens_alone_and_in_company_with_and_without_a_known_beginning(llm):
     llm.prefixes.blocks.clear()
     alone = []
@@ -861,6 +864,7 @@ def test_the_same_tokens_alone_and_in_company_with_and_without_a_known_beginning
     assert all(reply.ms["prefill"] > 0 and "engine_queue" in reply.ms for reply in replies)
 
 
+@pytest.mark.slow
 def test_the_engine_says_what_lesson_5_generates(monkeypatch):
     import lesson5_lora
     monkeypatch.setattr(rag, "load_model", lambda *_, **how: lesson5_lora.load_model(dtype=torch.float32, **how))
@@ -873,6 +877,7 @@ def test_the_engine_says_what_lesson_5_generates(monkeypatch):
         llm.close()
 
 
+@pytest.mark.slow
 def test_each_answer_is_sampled_its_own_way(llm):
     how = [dict(temperature=1.0, seed=1), dict(temperature=1.0, seed=2), dict(temperature=1.0, seed=1), {}]
     texts = ["".join(llm.stream(messages(TALK[1]), 24, **h)) for h in how]
@@ -926,6 +931,7 @@ def test_a_step_that_fails_fails_its_answers_only(llm, monkeypatch):
     settle(llm)
 
 
+@pytest.mark.slow
 def test_an_adapter_sits_on_what_it_was_trained_on(tmp_path):
     import lesson5_lora
     model, _ = lesson5_lora.load_model(None, "nf4")
@@ -1159,6 +1165,7 @@ def test_server_driven_by_curl(tmp_path, elsewhere):
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_ends_its_streams_within_its_grace(tmp_path, elsewhere):
     elsewhere.RequestHandlerClass.mode = "slow"
     process, port = start(tmp_path, LLM_BASE_URL=f"http://127.0.0.1:{elsewhere.server_port}/v1")
@@ -1182,6 +1189,7 @@ def test_a_server_that_stops_ends_its_streams_within_its_grace(tmp_path, elsewhe
         process.kill()
 
 
+@pytest.mark.slow
 def test_ingest_and_ask_with_the_local_model(tmp_path):
     bad = tmp_path / "bad.pdf"
     bad.write_bytes(b"junk")
