@@ -1669,15 +1669,17 @@ def openai_forms(model, with_usage):
     """(frame, whole) for respond(): chunks of a stream, and the whole completion. Sources, refusal and timings are
     fields that OpenAI does not have; its clients keep what they do not know."""
     base = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time()), "model": model}
-    begun, found = False, {}
+    begun = False
 
     def usage(tokens):
         prompt, made = tokens.get("prompt", 0), tokens.get("answer", 0)
         return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
                 "prompt_tokens_details": {"cached_tokens": tokens.get("cached", 0)}}
 
-    def extra(data):
-        return {k: data[k] for k in ("sources", "citations", "refused", "gate", "quoted", "withdrawn", "timings")}
+    def extra(data):                    # sources: the citations once more, as Open WebUI shows them under an answer
+        return {k: data[k] for k in ("citations", "refused", "gate", "quoted", "withdrawn", "timings")} | {"sources": [
+            {"source": {"name": c["name"]}, "document": [c["quote"]], "distances": [c["score"]],
+             "metadata": [dict.fromkeys(("source", "name"), f"{c['name']}, page {c['page']}")]} for c in data["citations"]]}
 
     def chunk(choices, **more):
         return f"data: {json.dumps(base | {'object': 'chat.completion.chunk', 'choices': choices} | more)}\n\n"
@@ -1689,7 +1691,6 @@ def openai_forms(model, with_usage):
 
     def frame(event, data):
         if event == "sources":
-            found.update(data)
             return ""
         if event == "token":
             return text(data["text"])
@@ -1697,7 +1698,7 @@ def openai_forms(model, with_usage):
             return f"data: {json.dumps({'error': {'message': data['error'], 'type': 'server_error'}})}\n\n"
         # what was sent cannot be taken back, only contradicted
         out = text(f"\n\n({WITHDRAWN[language(data['answer'])]})\n" + data["answer"]) if data["withdrawn"] else ""
-        out += chunk([{"index": 0, "delta": {}, "finish_reason": data["finish"]}], **extra(found | data))
+        out += chunk([{"index": 0, "delta": {}, "finish_reason": data["finish"]}], **extra(data))
         return out + (chunk([], usage=usage(data["tokens"])) if with_usage else "") + "data: [DONE]\n\n"
 
     def whole(data):

@@ -1055,7 +1055,10 @@ def test_openai_interface(store):
         status, data = server.json("POST", "/v1/chat/completions", asked)
         assert status == 200 and data["object"] == "chat.completion" and data["model"] == "any\r\nname"
         assert data["choices"][0]["message"]["content"].startswith("The crossing takes 35 minutes.")
-        assert data["sources"] and data["citations"][0]["page"] == 1 and data["refused"] is False and data["timings"]
+        assert data["citations"][0]["page"] == 1 and data["refused"] is False and data["timings"]
+        shown = data["sources"][0]                      # Open WebUI reads these lists by the same index
+        assert "35 minutes" in shown["document"][0] and shown["metadata"][0]["name"] == "a.pdf, page 1"
+        assert len(shown["document"]) == len(shown["metadata"]) == len(shown["distances"]) == 1
         roles = [(m["role"], m["content"][:5]) for m in server.llm.asked[-1]]
         assert [r for r, _ in roles] == ["system", "user", "assistant", "user"] and roles[1:3] == [("user", "Hello"), ("assistant", "Ahoy")]
         assert "Ignore" not in json.dumps(server.llm.asked[-1])
