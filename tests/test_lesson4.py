@@ -298,10 +298,11 @@ def test_train_writes_curve_weights_and_learns(trained):
     assert not [p for p in trained.iterdir() if p.name.startswith(".")]      # no temporary file left
 
 
-@pytest.mark.slow
-def test_sample_is_deterministic_and_obeys_its_flags(run, trained):
+def test_sample_is_deterministic_and_obeys_its_flags(run, capsys, trained):
     def say(*flags):
-        return run("lesson4_gpt.py", "sample", "--out", trained, "--device", "cpu", *flags).stdout
+        lesson.main(["sample", "--out", str(trained), "--device", "cpu", *map(str, flags)])
+        return capsys.readouterr().out
+    assert say("--max-new-tokens", 50) == run("lesson4_gpt.py", "sample", "--out", trained, "--device", "cpu", "--max-new-tokens", 50).stdout
     first = say("--max-new-tokens", 50, "--seed", 3)
     assert first.startswith("The King") and first == say("--max-new-tokens", 50, "--seed", 3) != say("--max-new-tokens", 50, "--seed", 4)
     assert len(first) == len("The King") + 50 + 1
@@ -312,12 +313,13 @@ def test_sample_is_deterministic_and_obeys_its_flags(run, trained):
     assert len(say("--prompt", "To be, or not to be, that is the question", "--max-new-tokens", 5)) == 41 + 5 + 1      # beyond the context
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--position", "learned"), ("--position", "sinusoidal"), ("--tokens", "bpe", "--vocab-size", 300),
                                    ("--precision", "bf16"), ("--accumulation", 4)])
-def test_train_and_sample_with_every_option(run, tmp_path, text_file, flags):
-    train(run, tmp_path, "--text", text_file, "--steps", 6, "--eval-every", 3, *flags)
-    assert run("lesson4_gpt.py", "sample", "--out", tmp_path, "--device", "cpu", "--prompt", "the king", "--max-new-tokens", 30).stdout
+def test_train_and_sample_with_every_option(capsys, tmp_path, text_file, flags):
+    lesson.main(["train", *map(str, (*SMALL, "--out", tmp_path, "--text", text_file, "--steps", 6, "--eval-every", 3, *flags))])
+    capsys.readouterr()
+    lesson.main(["sample", "--out", str(tmp_path), "--device", "cpu", "--prompt", "the king", "--max-new-tokens", "30"])
+    assert len(capsys.readouterr().out) > 30
 
 
 @pytest.mark.slow
