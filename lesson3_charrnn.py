@@ -32,7 +32,7 @@ from lesson2_mlp import Progress, pick_device
 
 ROOT = pathlib.Path(__file__).resolve().parent
 DATA, OUT = ROOT / "data", ROOT / "out"
-WINDOW = 256                            # characters a windowed evaluation reads before it starts afresh (lesson 4 has to)
+WINDOW = 256                            # characters a windowed evaluation reads before it starts afresh
 
 
 @dataclasses.dataclass
@@ -455,6 +455,7 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_p < 1:
         probs, order = logits.softmax(-1).sort(descending=True)                 # (B, V) both
         outside = probs.cumsum(-1) - probs >= top_p                             # the mass before it is enough already
+        outside[..., 0] = False                                                 # the best stays, also at top_p 0
         logits = logits.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)    # (B, 1) -> (B,)
 

@@ -57,8 +57,8 @@ class GPTConfig:
     adam_lr: float = flag(0.01, "AdamW's learning rate, for embeddings and head", 0, 10)
     decay: float = flag(0.6, "last share of the steps, over which both rates fall to zero", 0.01, 1)
     eval_every: int = flag(200, "steps between looks at the validation text, and checkpoints", 1)
-    precision: str = flag("auto", "of matrix products; bf16 is 16 bits, float32's range with 3 digits; auto takes it if "
-                          "hardware has it", choices=["auto", "fp32", "bf16"])
+    precision: str = flag("auto", "of matrix products; bf16 is 16 bits, float32's range with 3 digits; auto takes it "
+                          "if hardware has it", choices=["auto", "fp32", "bf16"])
     compile: bool = flag(False, "torch.compile the model: needs a C++ compiler, pays on long runs")
     seed: int = flag(0, "of the weights and of the order of the windows", 0, 2 ** 63 - 1)
 
@@ -394,7 +394,7 @@ def train(config, device, out, resume=False):
     text = read_text(config.text) if config.text else load_plays()
     digest = hashlib.sha256(text.encode()).hexdigest()
     if resume and (saved.get("text"), saved["config"]["tokens"]) != (digest, config.tokens):
-        raise BadInput(f"{out / 'last.ckpt'} was trained on another text or other tokens: give the same, or no --resume")
+        raise BadInput(f"{out / 'last.ckpt'} was trained on another text or other tokens: give those, or no --resume")
     if config.tokens == "bpe":
         tokenizer = BPETokenizer(saved["vocabulary"]) if resume else BPETokenizer.train(text, config.vocab_size)
     else:
@@ -650,8 +650,8 @@ def story(config, device, out):
     print(f"\n{verse}\n")
     ids, cache = torch.tensor([tokenizer.encode(verse)[:config.context]], device=device), {}    # (1,T)
     seen = ids[:, :24]
-    draw_attention(out / "attention.png", attention_maps(model, seen)[-1][1][0], [tokenizer.decode([i]) for i in seen[0].tolist()],
-                   "Where the trained heads of the last block look")
+    draw_attention(out / "attention.png", attention_maps(model, seen)[-1][1][0],
+                   [tokenizer.decode([i]) for i in seen[0].tolist()], "Where the trained heads of the last block look")
     with torch.no_grad():
         one_by_one = torch.cat([model(ids[:, t:t + 1], cache=cache)[0] for t in range(ids.size(1))], 1)     # (1,T,V)
         apart = (one_by_one - model(ids)[0]).abs().max().item()

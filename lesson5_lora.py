@@ -544,8 +544,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         shared = q.reshape(B, self.K, -1, self.D)                       # (B,H,T,D) -> (B,K,GT,D)
-        # all are softmax(QK'/sqrt(D) + mask)V: on a CPU lesson 4's is the faster to train, the fused one to generate; on
-        # a GPU the fused one keeps no (GT,S) weights
+        # all are softmax(QK'/sqrt(D) + mask)V: on a CPU lesson 4's is the faster to train, the fused one to generate;
+        # on a GPU the fused one keeps no (GT,S) weights
         if cache is not None:
             y = cache.attend(layer, shared, k, v, mask)
         else:
@@ -881,8 +881,8 @@ def open_source(source):
 def load_model(source=None, weights="full", device="cpu", dtype=None):
     """(model, tokenizer), ready to answer. weights: "full"; "nf4" to train adapters on; "int8" or "int4" to generate
     with on a CPU. Each layer is squeezed before the next is read, so the peak is the small model and one layer (int8:
-    one block). int4 saves time, not memory: the dense weights stay, for prompts. dtype: of all else, bfloat16 where that
-    is fast. Raises BadInput."""
+    one block). int4 saves time, not memory: the dense weights stay, for prompts. dtype: of all else, bfloat16 where
+    that is fast. Raises BadInput."""
     raw, readers, spec, template = open_source(source)
     config, source = LlamaConfig.read(raw), source or "the model"
     tokenizer, stored = Tokenizer(spec, template, config.eos_token_id), raw.get("quantization_config")
@@ -1640,8 +1640,8 @@ def main():
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not re.search("(allocate|not enough|out of) memory|ALLOC_FAILED", str(e)):
             raise
-        raise BadInput("out of memory: --device cpu, a smaller model, or for train --micro-batch 1 --checkpointing all and"
-                       " a shorter --max-tokens") from None
+        raise BadInput("out of memory: --device cpu, a smaller model, or for train --micro-batch 1 --checkpointing all "
+                       "and a shorter --max-tokens") from None
 
 
 if __name__ == "__main__":

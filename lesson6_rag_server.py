@@ -511,7 +511,7 @@ class Store:
             (self.folder / "files").mkdir(parents=True, exist_ok=True)
             self.db = sqlite3.connect(self.folder / "rag.db", check_same_thread=False, isolation_level=None, timeout=1)
             for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON",
-                           "fullfsync=ON", "secure_delete=ON"):     # on macOS past the drive's cache; erase deleted text
+                           "fullfsync=ON", "secure_delete=ON"):     # macOS: past the drive's cache; erase, not unlink
                 self.db.execute(f"pragma {pragma}")
             self.db.executescript(SCHEMA)
         except sqlite3.OperationalError as e:
@@ -1213,9 +1213,7 @@ class Sequence(Reply):
         super().__init__()
         self.ids, self.prompt, self.end, self.text, self.cache, self.slot = ids, len(ids), end, pieces, None, None
         self.gone, self.deadline, self.began, self.out = gone, deadline, time.perf_counter(), queue.SimpleQueue()
-        # so near to always the best that softmax would divide by almost 0, or leave no token to choose from
-        greedy = min(temperature, top_p) < 1e-3
-        self.how = 0 if greedy else temperature, 0, top_p, torch.Generator().manual_seed(seed)
+        self.how = temperature, 0, top_p, torch.Generator().manual_seed(seed)
 
     def __iter__(self):
         while (item := self.out.get()) is not None:
@@ -1485,7 +1483,7 @@ class Metrics:
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 GRACE = 5                               # seconds that a server which stops leaves to its answers
-BODY_SECONDS, BODY_RATE = 60, 500_000   # time for a request to arrive, and bytes/s; a slow one would hold its connection
+BODY_SECONDS, BODY_RATE = 60, 500_000   # s for a request to arrive, and bytes/s; a slow one holds its connection
 
 
 def sse(event, data):
@@ -1679,7 +1677,8 @@ def openai_forms(model, with_usage):
     def extra(data):                    # sources: the citations once more, as Open WebUI shows them under an answer
         return {k: data[k] for k in ("citations", "refused", "gate", "quoted", "withdrawn", "timings")} | {"sources": [
             {"source": {"name": c["name"]}, "document": [c["quote"]], "distances": [c["score"]],
-             "metadata": [dict.fromkeys(("source", "name"), f"{c['name']}, page {c['page']}")]} for c in data["citations"]]}
+             "metadata": [dict.fromkeys(("source", "name"), f"{c['name']}, page {c['page']}")]}
+            for c in data["citations"]]}
 
     def chunk(choices, **more):
         return f"data: {json.dumps(base | {'object': 'chat.completion.chunk', 'choices': choices} | more)}\n\n"

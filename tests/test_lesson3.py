@@ -367,7 +367,8 @@ def test_choose_keeps_to_its_limits():
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0, -9.0]]).expand(2000, 5)         # probabilities .64 .24 .09 .03 .00
     assert set(choose(logits, generator=generator, top_k=2).tolist()) == {0, 1}
     assert set(choose(logits, generator=generator, top_p=0.9).tolist()) == {0, 1, 2}
-    assert set(choose(logits, temperature=0).tolist()) == {0}
+    for nearly in (dict(temperature=0), dict(temperature=1e-40), dict(top_p=0.0)):
+        assert set(choose(logits, generator=generator, **nearly).tolist()) == {0}
     assert set(choose(logits, generator=generator, top_k=1, temperature=5.0).tolist()) == {0}
     for temperature in (0.5, 1.0, 2.0):
         drawn = choose(logits, temperature, generator=generator).bincount(minlength=5) / 2000
