@@ -536,10 +536,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.H * D, C, bias=False)
         self.q_norm, self.k_norm = (nn.RMSNorm(D, c.rms_norm_eps) if c.model_type == "qwen3" else None for _ in "qk")
 
-    def forward(self, x, rotation, mask, cache, layer):
-        B, T, _ = x.shape
-        q, k, v = (layer(x).view(B, T, -1, self.D).transpose(1, 2)      # (B,T,C) -> (B,H,T,D), (B,K,T,D) twice
-                   for layer in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x, rotation, mask, cache, layer, run):
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)        # (B,T,C) -> (B,T,HD), (B,T,KD) twice
+        return self.o_proj(run(lambda *qkv: self.mix(*qkv, rotation, mask, cache, layer), q, k, v))
+
+    def mix(self, q, k, v, rotation, mask, cache, layer):
+        """All between the products with weights: cheap to compute again, large to keep."""
+        B, T, _ = q.shape
+        q, k, v = (x.view(B, T, -1, self.D).transpose(1, 2) for x in (q, k, v))     # (B,T,HD) -> (B,H,T,D) and so on
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
@@ -549,9 +553,9 @@ class Attention(nn.Module):
         if cache is not None:
             y = cache.attend(layer, shared, k, v, mask)
         else:
-            y = (self.attend(shared, k, v, mask)[0] if x.device.type == "cpu" else
+            y = (self.attend(shared, k, v, mask)[0] if q.device.type == "cpu" else
                  F.scaled_dot_product_attention(shared, k, v, mask))
-        return self.o_proj(y.reshape(B, self.H, T, self.D).transpose(1, 2).reshape(B, T, -1))  # (B,K,GT,D) -> (B,T,HD)
+        return y.reshape(B, self.H, T, self.D).transpose(1, 2).reshape(B, T, -1)       # (B,K,GT,D) -> (B,T,HD)
 
 
 def call(f, *x):
@@ -585,7 +589,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x, rotation, mask, cache=None, layer=0, run=call):
-        x = x + run(lambda x: self.self_attn(self.input_layernorm(x), rotation, mask, cache, layer), x)
+        x = x + self.self_attn(run(self.input_layernorm, x), rotation, mask, cache, layer, run)
         return x + self.mlp(run(self.post_attention_layernorm, x), run)         # (B,T,C)
 
 
