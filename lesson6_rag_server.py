@@ -851,7 +851,7 @@ def best(scores, n):
     return [int(i) for i in top[np.argsort(-scores[top], kind="stable")] if scores[i] > 0]
 
 
-def retrieve(store, question, top_k=4, snapshot=None, depth=50, candidates=15):
+def retrieve(store, question, top_k=4, snapshot=None, depth=50, candidates=10):
     """The top_k chunks for a question: Retrieval. Two legs, fused by reciprocal rank, then reranked by evidence."""
     ms, clock = {}, time.perf_counter()
 
@@ -868,7 +868,7 @@ def retrieve(store, question, top_k=4, snapshot=None, depth=50, candidates=15):
     # reciprocal rank fusion (Cormack et al. 2009): their 60 keeps the first few ranks from deciding alone
     ranks = {name: {i: r for r, i in enumerate(leg, 1)} for name, leg in legs.items()}
     fused = {i: sum(1 / (60 + rank[i]) for rank in ranks.values() if i in rank) for leg in legs.values() for i in leg}
-    order = sorted(fused, key=fused.get, reverse=True)[:candidates]
+    order = sorted(fused, key=fused.get, reverse=True)[:max(candidates, top_k)]
     tokens = store.token_vectors([snapshot.chunks[i] for i in order]) if asked.vector is not None else {}
     hits = []
     for i in order:

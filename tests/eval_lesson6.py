@@ -61,7 +61,7 @@ def index(store, folder, names):
 def ask(store, question, doc, llm):
     """One row of results: ranks of the right page in each leg, the refusal score, and with an LLM the answer."""
     snapshot = store.snapshot.only([doc]) if doc else store.snapshot
-    found = rag.retrieve(store, question["question"], 50, snapshot)
+    found = rag.retrieve(store, question["question"], 10, snapshot)
     legs = rag.retrieve(store, question["question"], 50, snapshot, candidates=100).hits     # all that any leg found
     gold = pages_of(question)
 
