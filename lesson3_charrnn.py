@@ -4,7 +4,7 @@
     python lesson3_charrnn.py train --text my.txt      your own text; every size and rate is a flag (train --help)
     python lesson3_charrnn.py train --resume           go on after Ctrl-C, kill or power cut: bit for bit the same run
     python lesson3_charrnn.py sample --prompt "The King" --temperature 0.8 --top-p 0.95
-    python lesson3_charrnn.py gradients                why the LSTM remembers what an RNN forgets, in a minute
+    python lesson3_charrnn.py gradients                why the LSTM remembers what an RNN forgets, in half a minute
 
 Left out on purpose: two directions (a generator cannot look ahead), peepholes and projections (no gain here), cuDNN.
 Sources: Hochreiter & Schmidhuber 1997 (LSTM), Gers et al. 2000 (forget gate), Pascanu et al. 2013 (clipping).
