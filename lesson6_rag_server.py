@@ -643,9 +643,9 @@ class Store:
                             "(?, ?, ?, ?, ?, ?, ?, ?)", [doc, c.page, c.start, c.text, json.dumps(c.spans), c.key,
                                                          c.vector, c.tokens]).lastrowid
                         c.ids = c.tokens = None     # from now on SQLite has them
-                if there:
                     others = [s for s in self.snapshot.segments if s.doc != doc]
-                    self.snapshot = Snapshot(others + [segment], self.snapshot.graph)
+                    snapshot = Snapshot(others + [segment] * there, self.snapshot.graph)
+                self.snapshot = snapshot
         except (InterruptedError, ParseError) as e:
             if not self.stopping:
                 return self.fail(doc, str(e))

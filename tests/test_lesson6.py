@@ -486,7 +486,7 @@ def test_a_failure_at_the_last_moment_leaves_no_document_stuck_and_none_twice(st
     assert row["status"] == "ready" and row["chunks"] == 6 and "disk is full" in capsys.readouterr().err
     broken, snapshot = iter([True]), rag.Snapshot
     monkeypatch.setattr(rag, "Snapshot", lambda *how: 1 / 0 if next(broken, False) else snapshot(*how))
-    row = add(store, pdf("The ferry leaves at nine."))                      # fails after the commit: indexed once more
+    row = add(store, pdf("The ferry leaves at nine."))                      # fails before the commit: indexed once more
     assert row["status"] == "ready" and row["chunks"] == 1 and row["attempts"] == 2 and len(store.snapshot.chunks) == 7
 
 
