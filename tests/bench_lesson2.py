@@ -10,6 +10,7 @@ import dataclasses
 import io
 import pathlib
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -21,6 +22,14 @@ from torch import nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import lesson2_mlp as L
+
+
+def machine(device="cpu"):
+    """What the numbers were measured on; the first line of every benchmark."""
+    info = pathlib.Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.*)", info.read_text(encoding="utf-8")) if info.exists() else []
+    name = torch.cuda.get_device_name() if device == "cuda" else (names or [platform.processor() or platform.machine()])[0]
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def changed(kind, make):
@@ -130,8 +139,7 @@ def main():
     parser.add_argument("tables", nargs="*", help=", ".join(tables) + " (default: all)")
     parser.add_argument("--seeds", type=int, help="default: 3 for test, 1 for tricks")
     args = parser.parse_args()
-    print(f"{platform.machine()} {platform.processor()} {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"{L.pick_device()}\n")
+    print(machine(L.pick_device().type) + "\n")
     for name in args.tables or tables:
         tables[name](args.seeds or (3 if name == "test" else 1))
 

@@ -6,7 +6,6 @@
 """
 import argparse
 import pathlib
-import platform
 import random
 import statistics
 import subprocess
@@ -19,14 +18,9 @@ from torch import nn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from bench_lesson2 import machine   # noqa: E402
 from lesson3_charrnn import (CharLSTM, CharTokenizer, RNNConfig, clip_, evaluate, generate, load_checkpoint,   # noqa: E402
                              load_model, loss_of, read_text, split_text, train, words)
-
-
-def machine():
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo", encoding="utf-8") if line.startswith("model name")] \
-        if pathlib.Path("/proc/cpuinfo").exists() else [platform.processor() or platform.machine()]
-    return f"{names[0]}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def bench_loss(text, seeds, flags):

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import lesson4_gpt as lesson
+from bench_lesson2 import machine
 from lesson3_charrnn import CharTokenizer, read_text, split_text
 
 CPU = torch.device("cpu")
@@ -218,6 +218,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+    print(f"{machine(args.device)}, "
           f"bf16: {not isinstance(lesson.autocast(lesson.GPTConfig(), torch.device(args.device)), contextlib.nullcontext)}")
     globals()[args.what](args)

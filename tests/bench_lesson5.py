@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import os
 import pathlib
-import platform
 import re
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import lesson5_lora as lesson
+from bench_lesson2 import machine
 from lesson3_charrnn import fetch_wheel, load_plays
 
 LONG, SHORT, NEW = 512, 32, 64              # tokens of the prompts whose reading and whose continuation are timed
@@ -279,5 +279,5 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.what.startswith("qlora_"):
-        print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, fast bfloat16: {lesson.BF16}")
+        print(f"{machine(args.device)}, fast bfloat16: {lesson.BF16}")
     globals()[args.what](args)

@@ -1,4 +1,4 @@
-"""The numbers of lesson 6 that are not about quality (those: tests/eval_lesson6.py). Say which machine.
+"""The numbers of lesson 6 that are not about quality (those: tests/eval_lesson6.py).
 
     python tests/bench_lesson6.py retrieval     latency at 10,000 chunks: embed + search + fuse + rerank
     python tests/bench_lesson6.py ingest        chunks per second, against sentence-transformers on the same chunks
@@ -32,6 +32,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import lesson6_rag_server as rag
+from bench_lesson2 import machine
 from lesson1_linreg import new_figure, save_figure
 from lesson3_charrnn import load_plays
 
@@ -390,5 +391,5 @@ if __name__ == "__main__":
     parser.add_argument("--bits", type=int, default=16)
     parser.add_argument("--questions", type=int, default=500)
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(machine())
     globals()[args.what](args)
