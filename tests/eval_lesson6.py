@@ -7,6 +7,10 @@
         | xargs -I F cp F pdfs/ && gunzip pdfs/*.gz
     python tests/eval_lesson6.py tests/eval_lesson6.jsonl --pdfs pdfs --retrieval-only
 
+    apt-get download bash-doc installation-guide-amd64      # two more, with questions by people who knew nothing of lesson 6:
+    for f in *.deb; do dpkg -x "$f" more; done              # bashref.pdf and install.zh_CN.pdf.gz go to the folder pdfs2
+    python tests/eval_lesson6.py tests/eval_lesson6_second.jsonl --pdfs pdfs2 --data out/eval6b --retrieval-only
+
 Each line of the JSONL is {"id", "pdf", "lang", "question", "kind": "answerable" | "near_miss" | "off_topic", "page": n or
 list, "answer_any": [...]}. A near miss asks what this document could say but does not; off topic is another world.
 The index is kept in --data (default: out/eval6), so that a second run starts at once.
