@@ -843,7 +843,8 @@ class Hit:
 @dataclasses.dataclass
 class Retrieval:
     hits: list                          # best first
-    score: float                        # evidence in the best; half if the number, date or name asked for is not in it
+    score: float                        # evidence in the best, without vectors times the root of the terms asked for; half
+                                        # if the number, date or name asked for is not in it
     refused: bool                       # it is too little: gate 1
     dense: bool                         # False: the encoder cannot read the question, so BM25 searched alone
     ms: dict                            # milliseconds of each stage
@@ -884,7 +885,7 @@ def retrieve(store, question, top_k=4, snapshot=None, depth=50, candidates=10):
     hits.sort(key=lambda hit: -hit.score - 0.02 / hit.legs["fused"])    # the fused rank decides if evidence is equal
     lap("rerank")
     score, dense = hits[0].score if hits else 0.0, asked.vector is not None
-    if not dense:                       # of few terms a large share is found by chance: that falls with their root
+    if not dense:                       # chance finds a large share of few terms; 6 rare ones leave the score as it is
         score = min(1.0, score * math.sqrt(asked.total / snapshot.rarest / 6))
     if hits and lacks(question, hits[0].quote):
         score /= 2
