@@ -1451,8 +1451,8 @@ def show_ranks(small, tokenizer, conversations, steps, questions, ranks=(1, 2, 4
         rows.append((f"r = {r}", f"{sum(p.numel() for p in trainable(model)):,}", f"{sum(losses[-4:]) / 4:.3f}",
                      f"{evaluate(model, conversations[-12:]):.3f}", f"{voice}/{len(questions)}"))
     show(f"Rank, after {steps} steps", ("parameters", "loss", "held out", "in voice"), rows,
-         "in as many steps a higher rank gets further on what it saw, for more parameters. What it did not see gains too"
-         "\nat first; after 60 steps it loses, most at the highest rank: by then the adapter learns by heart.")
+         "in as many steps a higher rank gets further on what it saw, for more parameters. What it did not see gains"
+         "\ntoo at first; after 60 steps it loses, most at the highest rank: by then the adapter learns by heart.")
     return rows
 
 

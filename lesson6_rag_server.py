@@ -843,8 +843,8 @@ class Hit:
 @dataclasses.dataclass
 class Retrieval:
     hits: list                          # best first
-    score: float                        # evidence in the best, without vectors times the root of the terms asked for; half
-                                        # if the number, date or name asked for is not in it
+    score: float                        # evidence in the best, without vectors times the root of the terms asked for;
+                                        # half if the number, date or name asked for is not in it
     refused: bool                       # it is too little: gate 1
     dense: bool                         # False: the encoder cannot read the question, so BM25 searched alone
     ms: dict                            # milliseconds of each stage

@@ -313,6 +313,25 @@ def test_the_dense_leg_is_left_out_where_the_encoder_cannot_read(store, embedder
     assert {c.page for c in store.snapshot.chunks if c.vector is None} == {3, 4}
 
 
+def chinese(*texts):
+    return rag.Snapshot([rag.Segment("d", "d", [rag.Chunk("d", 1, 0, t, [(0, len(t), 1)], t) for t in texts], 384)])
+
+
+def test_the_reranker_loses_none_of_the_ten_best_and_takes_in_no_other(store):
+    filler = "，".join("甲乙丙丁戊己庚辛壬癸" * 8)
+    snapshot = chinese(*["退款，退款，退款"] * 10, "船票，退款，" + filler, *["船票，" + filler] * 15)
+    for top_k in (10, 20):
+        hits = rag.retrieve(store, "船票，退款", top_k, snapshot).hits
+        assert sorted(h.legs["fused"] for h in hits) == list(range(1, top_k + 1))
+    assert hits[0].legs["fused"] == 11          # of twenty it would be the first
+
+
+def test_without_vectors_a_short_question_needs_a_larger_share(store):
+    snapshot = chinese("船票可退款", "退款凭船票", "无关")
+    short, long = (rag.retrieve(store, q, 4, snapshot) for q in ("船票，红烧", "船票，退款，红烧，白切"))
+    assert long.hits[0].score == pytest.approx(short.hits[0].score) and long.score == pytest.approx(short.score * 2 ** 0.5)
+
+
 def test_bm25_is_the_formula():
     texts = ["the ferry runs", "the ferry stops at noon", "船票可以退款", "the the the", "noon"]
     chunks = [rag.Chunk("d", 1, 0, t, [(0, len(t), 1)], t) for t in texts]
