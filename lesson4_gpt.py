@@ -55,6 +55,7 @@ class GPTConfig:
     steps: int = flag(1400, "optimizer steps", 1)
     lr: float = flag(0.02, "Muon's learning rate, for the matrices inside the blocks", 0, 10)
     adam_lr: float = flag(0.01, "AdamW's learning rate, for embeddings and head", 0, 10)
+    weight_decay: float = flag(0.0, "Muon's: against learning by heart, on long runs over little text", 0, 10)
     decay: float = flag(0.6, "last share of the steps, over which both rates fall to zero", 0.01, 1)
     eval_every: int = flag(200, "steps between looks at the validation text, and checkpoints", 1)
     precision: str = flag("auto", "of matrix products; bf16 is 16 bits, float32's range with 3 digits; auto takes it "
@@ -63,7 +64,8 @@ class GPTConfig:
     seed: int = flag(0, "of the weights and of the order of the windows", 0, 2 ** 63 - 1)
 
 
-GPU = dict(context=256, n_layer=6, n_head=6, n_embd=384, dropout=0.3, batch_size=64, steps=500)     # a GPU's defaults
+# a GPU's defaults
+GPU = dict(context=256, n_layer=6, n_head=6, n_embd=384, dropout=0.3, weight_decay=1.0, batch_size=64, steps=1200)
 SOFT_CAP = 15.0                         # logits stay within -15 and 15
 
 # ---- tokens: byte-pair encoding, trained by hand --------------------------------------------------
@@ -295,10 +297,11 @@ def orthogonalize(G, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized: directions that are rare in the gradient learn as fast as common ones. Jordan 2024."""
+    """Momentum, orthogonalized: directions that are rare in the gradient learn as fast as common ones. Jordan 2024.
+    Before each step the weights shrink by lr times weight_decay: those that nothing in the text renews fade."""
 
-    def __init__(self, params, lr, momentum=0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
@@ -309,13 +312,14 @@ class Muon(torch.optim.Optimizer):
             alike[p.shape].append((p, p.grad.lerp(momentum, group["momentum"])))    # Nesterov's look ahead
         for (rows, cols), pairs in alike.items():                       # one product for all matrices of a shape
             for (p, _), update in zip(pairs, orthogonalize(torch.stack([u for _, u in pairs]))):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(update, alpha=group["lr"] * max(1, rows / cols) ** 0.5)
 
 
 def make_optimizers(model, config):
     """[Muon, AdamW]; each group remembers its initial_lr for `schedule`."""
     rest = [p for name, p in model.named_parameters() if not name.startswith("blocks")]
-    optimizers = [Muon(model.blocks.parameters(), config.lr),
+    optimizers = [Muon(model.blocks.parameters(), config.lr, weight_decay=config.weight_decay),
                   torch.optim.AdamW(rest, config.adam_lr, betas=(0.8, 0.95), weight_decay=0)]
     for o in optimizers:
         o.param_groups[0]["initial_lr"] = o.param_groups[0]["lr"]

@@ -142,12 +142,13 @@ def test_muon_orthogonalization_against_svd(shape):
     assert (inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
 
 
-def test_muon_step_equals_torch_optim_muon():
+@pytest.mark.parametrize("weight_decay", [0, 1.0])
+def test_muon_step_equals_torch_optim_muon(weight_decay):
     torch.manual_seed(0)
     start, grads = torch.randn(64, 32), [torch.randn(64, 32) for _ in range(3)]
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    a = Muon([ours], lr=0.02, momentum=0.95)
-    b = torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0, nesterov=True)       # computes in bf16
+    a = Muon([ours], lr=0.02, momentum=0.95, weight_decay=weight_decay)
+    b = torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=weight_decay, nesterov=True)       # computes in bf16
     for g in grads:
         ours.grad, theirs.grad = g.clone(), g.clone()
         a.step(), b.step()
