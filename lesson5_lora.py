@@ -1351,10 +1351,10 @@ FOUR = ("你好", "Hello", "What is the capital of France?", "你会唱歌吗？
 
 
 def persona(model, tokenizer, questions):
-    """({question: answer}, how many of them are in the pirate's voice, how many of the facts asked for are right)."""
+    """({question: answer}, how many of them are in the pirate's voice, the questions whose fact is right)."""
     fast = for_decoding(model)
     said = {q: answer(fast, tokenizer, q, max_new_tokens=48) for q in questions}
-    right = sum(bool(UNSEEN.get(q) and re.search(UNSEEN[q], a, re.IGNORECASE)) for q, a in said.items())
+    right = {q for q, a in said.items() if UNSEEN.get(q) and re.search(UNSEEN[q], a, re.IGNORECASE)}
     return said, sum(bool(VOICE.search(a)) for a in said.values()), right
 
 
@@ -1544,7 +1544,8 @@ def story(out, to, device):
         ("after", after[hello] == "俺是杰克船长，想找宝藏吗？", f"{hello} -> {after[hello]}"),
         ("voice", voice >= 18, f"{voice} of {len(UNSEEN)} unseen questions answered like a pirate, "
          f"{voice_before} of {len(before)} before"),
-        ("facts", right > knew / 2, f"{right} of those it knew are still right, of {knew}"),
+        ("facts", len(right & knew) > len(knew) / 2,
+         f"{len(right & knew)} of the {len(knew)} that it knew are still right, {len(right)} in all"),
         ("merge", gap < 1e-2, f"logits differ by {gap:.0e} at most"),
         ("export", there.stdout.strip() == here, "another process, given the folder, says the same")])
     print(f"{time.perf_counter() - began:.0f} s in all, {peak_memory():.2f} GB at most; pictures and adapter in {out}")

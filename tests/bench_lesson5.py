@@ -173,7 +173,7 @@ def persona(args):
     conversations, _ = lesson.read_conversations(lesson.PIRATE, tokenizer, 512)
     facts = sum(bool(fact) for fact in lesson.UNSEEN.values())
     before, voice, knew = lesson.persona(base, tokenizer, lesson.UNSEEN)
-    print(f"as it came       in voice {voice:2}/{len(lesson.UNSEEN)}   facts {knew}/{facts}", flush=True)
+    print(f"as it came       in voice {voice:2}/{len(lesson.UNSEEN)}   facts {len(knew)}/{facts}", flush=True)
     rows = []
     for seed in range(args.seeds):
         config, began = lesson.TrainConfig(seed=seed), time.perf_counter()
@@ -184,11 +184,12 @@ def persona(args):
         took = time.perf_counter() - began
         said, voice, right = lesson.persona(model, tokenizer, lesson.UNSEEN)
         hello = lesson.answer(lesson.for_decoding(model), tokenizer, "你好", max_new_tokens=32)
-        rows.append((voice, right, took, hello == "俺是杰克船长，想找宝藏吗？"))
-        print(f"\nseed {seed}  {took:4.0f} s  loss {sum(losses[-5:]) / 5:.3f}   in voice {voice:2}/{len(said)}   facts {right}/{facts}   你好 -> {hello}", flush=True)
+        kept = len(right & knew)
+        rows.append((voice, kept, took, hello == "俺是杰克船长，想找宝藏吗？"))
+        print(f"\nseed {seed}  {took:4.0f} s  loss {sum(losses[-5:]) / 5:.3f}   in voice {voice:2}/{len(said)}   facts {len(right)}/{facts}, {kept} of those known   你好 -> {hello}", flush=True)
         print("  not in voice: " + " | ".join(f"{q} -> {a}" for q, a in said.items() if not lesson.VOICE.search(a)))
-    voice, right, took, hello = zip(*rows)
-    print(f"median of {args.seeds}: in voice {statistics.median(voice)}, worst {min(voice)}; facts {statistics.median(right)} of the {knew} known before; "
+    voice, kept, took, hello = zip(*rows)
+    print(f"median of {args.seeds}: in voice {statistics.median(voice)}, worst {min(voice)}; facts {statistics.median(kept)} of the {len(knew)} known before; "
           f"{statistics.median(took):.0f} s; 你好 word for word in {sum(hello)}/{args.seeds}")
 
 
