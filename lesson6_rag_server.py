@@ -140,11 +140,11 @@ def stem(word):
 
 
 def terms(text):
-    """What BM25 counts: words without endings, numbers, and every two neighbouring Chinese characters."""
+    """What BM25 counts: words without endings, numbers, every Chinese character and every two that are neighbours."""
     found = []
     for run in re.findall(rf"[{CJK}]+|[^\W_{CJK}]+", unicodedata.normalize("NFKC", text).lower()):
         if "\u3400" <= run[0] <= "\ufaff":
-            found += [run[i:i + 2] for i in range(len(run) - 1)] or [run]
+            found += [*run, *(run[i:i + 2] for i in range(len(run) - 1))]
         else:
             found.append(stem(run))
     return found
@@ -815,10 +815,12 @@ class Snapshot:
         return math.log(1 + (len(self.chunks) + 0.5) / 0.5)
 
     def idf(self, query):
-        """{term: how much it tells apart}, ln(1 + (N - df + 0.5) / (df + 0.5)), of the terms of a question."""
+        """{term: how much it tells apart}, ln(1 + (N - df + 0.5) / (df + 0.5)), of the terms of a question. One Chinese
+        character is seldom a word, but two words for the same thing often share one: it counts 0.4."""
         N = len(self.chunks)
         df = {t: sum(s.places[t].shape[1] for s in self.segments if t in s.places) for t in set(query)}
-        return {t: math.log(1 + (N - n + 0.5) / (n + 0.5)) for t, n in df.items()}
+        return {t: math.log(1 + (N - n + 0.5) / (n + 0.5)) * (0.4 if re.fullmatch(f"[{CJK}]", t) else 1)
+                for t, n in df.items()}
 
     def bm25(self, idf, k1=1.2, b=0.75):
         """Scores (N,) for the terms in idf: rare ones count more, repetitions and long chunks less. Robertson 1994."""
