@@ -343,10 +343,11 @@ def test_bm25_is_the_formula():
         expected = 0.0
         for t in set(query):
             n = sum(t in other for other in docs)
-            expected += math.log(1 + (len(docs) - n + 0.5) / (n + 0.5)) * d[t] / (
+            one = 0.4 if t in ("退", "款") else 1                       # a single Chinese character
+            expected += one * math.log(1 + (len(docs) - n + 0.5) / (n + 0.5)) * d[t] / (
                 d[t] + 1.2 * (0.25 + 0.75 * sum(d.values()) / mean))
         assert score == pytest.approx(expected, rel=1e-5)
-    assert rag.terms("保修期 ＡＢＣ runs") == ["保修", "修期", "abc", "run"]        # bigrams, NFKC, endings off
+    assert rag.terms("保修期 ＡＢＣ runs") == [*"保修期", "保修", "修期", "abc", "run"]     # bigrams too, NFKC, endings off
 
 
 def unit(rng, *shape):
@@ -658,6 +659,20 @@ def test_words_without_spaces_in_the_pdf_are_told_apart(tmp_path):
     (tmp_path / "a.pdf").write_bytes(pdf("", raw=b"BT /F1 10 Tf 50 700 Td [(The)-250(ferry)-250(lea)20(ves)-250(soon.)] TJ ET",
                                          font="/BaseFont /X /Subtype /Type1 /FirstChar 32 /LastChar 33 /Widths [1000 1000]"))
     assert rag.parse(tmp_path / "a.pdf", rag.Config())[0] == ["The ferry leaves soon."]
+
+
+def test_chinese_glyphs_that_only_have_adobes_numbers_are_read(tmp_path):
+    """As LaTeX writes Chinese, with no map to Unicode. The numbers are copied from Adobe-GB1's own table."""
+    numbers = [1544, 2685, 2292, 1476, 2359, 273, 3024, 2126, 18, 19, 4333, 288, 3198, 1282, 4480, 111, 548, 112, 98]
+    font = ("/BaseFont /X /Subtype /Type0 /Encoding /Identity-H /DescendantFonts [<< /Type /Font /Subtype /CIDFontType0 "
+            "/BaseFont /X /CIDSystemInfo << /Registry (Adobe) /Ordering (%s) /Supplement 5 >> >>]")
+    text = b"BT /F1 10 Tf 50 700 Td <%s> Tj ET"
+    known, unknown = (text % "".join(f"{n:04x}" for n in some).encode() for some in (numbers, range(20000, 20016)))
+    (tmp_path / "a.pdf").write_bytes(pdf("", raw=known, font=font % "GB1"))
+    assert rag.parse(tmp_path / "a.pdf", rag.Config())[0] == ["渡轮九点开，票价12元；龋齿者“Ω”。"]
+    (tmp_path / "b.pdf").write_bytes(pdf("", raw=unknown, font=font % "GB1"))
+    with pytest.raises(rag.ParseError, match="no page has usable text"):        # rather than letters that mean nothing
+        rag.parse(tmp_path / "b.pdf", rag.Config())
 
 
 def test_ligatures_of_the_handbook_stay_in_their_words(tmp_path):
