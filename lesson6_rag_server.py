@@ -316,38 +316,40 @@ def parse_child():
     except (ImportError, ValueError, OSError):
         pass                            # macOS knows RLIMIT_AS but does not grant it
     import pypdf
-    def gb2312(rows):
-        codes = [bytes((160 + row, 160 + cell)) for row in rows for cell in range(1, 95)]
+
+    def gb2312(first, last):
+        codes = [bytes((160 + row, 160 + cell)) for row in range(first, last + 1) for cell in range(1, 95)]
         return "".join(code.decode("gb2312", "ignore") for code in codes)
 
-    # Adobe-GB1 numbers the glyphs of Chinese fonts: ASCII, signs and characters, these as GB 2312 orders them
-    numbered = dict.fromkeys(map(chr, range(30284)), "\ufffd")
-    for first, characters in (1, bytes(range(32, 127)).decode()), (96, gb2312(range(1, 7))), (940, gb2312(range(16, 88))):
-        numbered |= zip(map(chr, range(first, first + len(characters))), characters)
+    # Adobe-GB1 numbers the glyphs of Chinese fonts: ASCII, then signs and characters as GB 2312 orders them
+    unknown = dict.fromkeys(map(chr, range(1 << 15)), "\ufffd")
+    gb1, ascii = dict(unknown), bytes(range(32, 127)).decode()
+    for start, signs in (1, ascii), (96, gb2312(1, 6)), (940, gb2312(16, 87)):
+        gb1 |= zip(map(chr, range(start, start + len(signs))), signs)
 
-    def by_number(font):
-        """Whether a font gives glyphs of Adobe-GB1 and no map to Unicode; LaTeX writes Chinese so. (ISO 32000, 9.7)"""
+    def collection(font):
+        """Whose numbers of glyphs a font is written in, if it has no map to Unicode (ISO 32000, 9.7); else None."""
         try:
-            return ("/ToUnicode" not in font and font["/Encoding"] in ("/Identity-H", "/Identity-V")
-                    and font["/DescendantFonts"][0]["/CIDSystemInfo"]["/Ordering"] == "GB1")
+            if "/ToUnicode" not in font and font["/Encoding"] in ("/Identity-H", "/Identity-V"):
+                return font["/DescendantFonts"][0]["/CIDSystemInfo"]["/Ordering"]
         except (KeyError, IndexError, TypeError):
-            return False
+            pass                        # a broken font: pypdf knows how to go on
     try:
         from pypdf.generic._font import Font
         read = Font.from_font_resource
 
         def mended(resource):
-            """What pypdf does not know. Where a font has no space, it takes another letter's width for it and would join
-            most words of justified text; below 0.4 of the letters' height, kerning and ligatures would count as spaces.
-            And numbers of Chinese glyphs it takes for Unicode."""
+            """What pypdf does not know. Where a font has no space it takes another letter's width for it, and would
+            join most words of justified text; below 0.4 of the letters' height, kerning and ligatures would be spaces.
+            And it takes numbers of Chinese glyphs, as LaTeX writes them, for Unicode."""
             font = read(resource)
             font.space_width = min(font.space_width, 400)
-            if by_number(resource):
-                font.character_map = numbered
+            if (order := collection(resource)) in ("GB1", "CNS1", "Japan1", "Korea1"):
+                font.character_map = gb1 if order == "GB1" else unknown
             return font
         Font.from_font_resource = mended
     except ImportError:
-        pass                            # another pypdf than the one this was written for: more words are joined
+        pass                            # another pypdf than the one this was written for: it reads a little worse
 
     pages, bad, why, size = [], [], "", 0
     try:
@@ -878,7 +880,7 @@ def best(scores, n):
     return [int(i) for i in top[np.argsort(-scores[top], kind="stable")] if scores[i] > 0]
 
 
-def retrieve(store, question, top_k=4, snapshot=None, depth=50, candidates=10):
+def retrieve(store, question, top_k=4, snapshot=None, depth=50, candidates=20):
     """The top_k chunks for a question: Retrieval. Two legs, fused by reciprocal rank, then reranked by evidence."""
     ms, clock = {}, time.perf_counter()
 

@@ -670,9 +670,10 @@ def test_chinese_glyphs_that_only_have_adobes_numbers_are_read(tmp_path):
     known, unknown = (text % "".join(f"{n:04x}" for n in some).encode() for some in (numbers, range(20000, 20016)))
     (tmp_path / "a.pdf").write_bytes(pdf("", raw=known, font=font % "GB1"))
     assert rag.parse(tmp_path / "a.pdf", rag.Config())[0] == ["渡轮九点开，票价12元；龋齿者“Ω”。"]
-    (tmp_path / "b.pdf").write_bytes(pdf("", raw=unknown, font=font % "GB1"))
-    with pytest.raises(rag.ParseError, match="no page has usable text"):        # rather than letters that mean nothing
-        rag.parse(tmp_path / "b.pdf", rag.Config())
+    for raw, collection in ((unknown, "GB1"), (known, "Japan1")):
+        (tmp_path / "b.pdf").write_bytes(pdf("", raw=raw, font=font % collection))
+        with pytest.raises(rag.ParseError, match="no page has usable text"):    # rather than letters that mean nothing
+            rag.parse(tmp_path / "b.pdf", rag.Config())
 
 
 def test_ligatures_of_the_handbook_stay_in_their_words(tmp_path):
