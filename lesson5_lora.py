@@ -796,10 +796,10 @@ def dense(layer):
 
 
 def linears(model):
-    """[(path, parent module, name in it, layer)] of all linear layers of the blocks, whatever their kind."""
-    kinds = (nn.Linear, NF4Linear, LoRALinear, PackedLinear)
-    return [(f"{path}.{name}", parent, name, layer) for path, parent in model.layers.named_modules(prefix="layers")
-            if not isinstance(parent, kinds) for name, layer in parent.named_children() if isinstance(layer, kinds)]
+    """{path: layer} of all linear layers of the blocks, whatever their kind; the base of an adapter is a part of it."""
+    kinds = (nn.Linear, NF4Linear, LoRALinear)
+    return {path: layer for path, layer in model.layers.named_modules(prefix="layers")
+            if isinstance(layer, kinds) and not path.endswith(".base")}
 
 
 def replaced(model, make):
@@ -807,8 +807,8 @@ def replaced(model, make):
     tensors = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(t): t for t in tensors})            # the memo says: these are copied already
     with torch.no_grad():
-        for _, parent, name, layer in linears(twin):
-            setattr(parent, name, make(layer))
+        for path, layer in linears(twin).items():
+            twin.set_submodule(path, make(layer))
     return twin
 
 
@@ -839,9 +839,9 @@ class PackedBlock(nn.Module):
             weight, bias = torch.cat([dense(layer) for layer in layers]), torch.cat(biases) if biases else None
             layer = linear(weight.to(dtype), bias) if bits == 16 else PackedLinear(weight, bias, bits, dtype)
             setattr(self, name, layer)
-        for name, norm in (("before", block.input_layernorm), ("between", block.post_attention_layernorm)):
-            self.eps = norm.eps
-            self.register_buffer(name, norm.weight.repeat(2))           # (2C,)
+        self.eps = block.input_layernorm.eps
+        self.register_buffer("before", block.input_layernorm.weight.repeat(2))                  # (2C,)
+        self.register_buffer("between", block.post_attention_layernorm.weight.repeat(2))        # (2C,)
 
     def norm(self, x, weight):
         """RMSNorm in fewer calls: (x, -x) has mean 0, so its layer norm, which is one call, divides by the same."""
@@ -909,8 +909,9 @@ def load_model(source=None, weights="full", device="cpu", dtype=None):
             raise BadInput(f"{name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}")
         return tensor.to(device)
 
-    layers = {path: (parent, name) for path, parent, name, _ in linears(model)}
-    for path in [path for path, _ in model.named_modules()]:    # not modules: a list would keep them all
+    bits = {"int8": 8, "int4": 4}.get(weights)
+    layers = set(linears(model))        # paths, here and below: a list of modules would keep all their dense weights
+    for path in [path for path, _ in model.named_modules()]:
         module = model.get_submodule(path)
         packed = f"{path}.weight.quant_state.bitsandbytes__nf4" in readers
         for name, empty in list(module.named_parameters(recurse=False)):
@@ -919,17 +920,16 @@ def load_model(source=None, weights="full", device="cpu", dtype=None):
             elif not (packed and name == "weight"):
                 setattr(module, name, nn.Parameter(read(f"{path}.{name}", empty.shape).to(dtype), requires_grad=False))
         if packed:                                                      # it was written in 4 bits
-            module = NF4Linear(read_nf4(lambda key: read(f"{path}.weight{key}")), module.bias)
-            module = module if weights == "nf4" else linear(dense(module).to(dtype), module.bias)
+            layer = NF4Linear(read_nf4(lambda key: read(f"{path}.weight{key}")), module.bias)
+            small = weights == "nf4" and path in layers
+            model.set_submodule(path, layer if small else linear(dense(layer).to(dtype), layer.bias))
         elif path in layers and weights == "nf4":
-            module = to_nf4(module)
-        if path in layers:
-            setattr(*layers[path], module)
-        if weights.startswith("int") and path.endswith("post_attention_layernorm"):     # the last of its block
-            i = int(path.split(".")[1])
-            model.layers[i] = PackedBlock(model.layers[i], int(weights[3:]), dtype)
-    if weights.startswith("int"):
-        model.lm_head = PackedLinear(model.lm_head.weight, None, int(weights[3:]), dtype, planes=2)
+            model.set_submodule(path, to_nf4(module))
+        if bits and path.endswith("post_attention_layernorm"):          # the last of its block
+            block = path.rpartition(".")[0]
+            model.set_submodule(block, PackedBlock(model.get_submodule(block), bits, dtype))
+    if bits:
+        model.lm_head = PackedLinear(model.lm_head.weight, None, bits, dtype, planes=2)
     if left := [name for name in readers if "rotary_emb" not in name and name != "lm_head.weight"]:
         raise BadInput(f"{source} has tensors that this lesson has no place for, the first is {left[0]}")
     return model.eval(), tokenizer
@@ -947,11 +947,13 @@ def read_nf4(read):
     state = json.loads(bytes(read(".quant_state.bitsandbytes__nf4").tolist()))
     if state["blocksize"] != 64:
         raise BadInput(f"4-bit weights in blocks of {state['blocksize']}; this lesson reads blocks of 64")
-    packed, double = read(""), "nested_offset" in state
-    read(".quant_map"), double and read(".nested_quant_map")            # the two tables that we know by heart
-    return NF4Weight(packed, read(".absmax"), read(".nested_absmax") if double else None,
-                     torch.tensor(state["nested_offset"], device=packed.device) if double else None,
-                     torch.Size(state["shape"]), getattr(torch, state["dtype"]))
+    packed, nested, offset = read(""), None, None
+    read(".quant_map")                  # a table that we know by heart; but what is not read would have no place
+    if "nested_offset" in state:        # double quantization
+        read(".nested_quant_map")
+        nested, offset = read(".nested_absmax"), torch.tensor(state["nested_offset"], device=packed.device)
+    shape, dtype = torch.Size(state["shape"]), getattr(torch, state["dtype"])
+    return NF4Weight(packed, read(".absmax"), nested, offset, shape, dtype)
 
 
 # ---- LoRA: a small trainable correction -----------------------------------------------------------
@@ -982,13 +984,13 @@ def inject_lora(model, target_modules, r=8, lora_alpha=16, dropout=0.0, rslora=F
     Returns the model. Raises BadInput if a target names no layer."""
     model.requires_grad_(False)
     for target in target_modules:
-        hits = [hit for hit in linears(model) if f".{hit[0]}".endswith(f".{target}")]
+        hits = {path: layer for path, layer in linears(model).items() if f".{path}".endswith(f".{target}")}
         if not hits:
-            names = dict.fromkeys(name for _, _, name, _ in linears(model))
+            names = dict.fromkeys(path.rpartition(".")[2] for path in linears(model))
             raise BadInput(f"no layer is called {target!r}; there are {', '.join(names)}")
-        for _, parent, name, layer in hits:
+        for path, layer in hits.items():
             if not isinstance(layer, LoRALinear):                       # a layer named twice gets one adapter
-                setattr(parent, name, LoRALinear(layer, r, lora_alpha, dropout, rslora))
+                model.set_submodule(path, LoRALinear(layer, r, lora_alpha, dropout, rslora))
     return model
 
 
@@ -998,7 +1000,7 @@ def trainable(model):
 
 def adapters(model):
     """{path: LoRALinear} of all adapters in the model."""
-    return {path: layer for path, _, _, layer in linears(model) if isinstance(layer, LoRALinear)}
+    return {path: layer for path, layer in linears(model).items() if isinstance(layer, LoRALinear)}
 
 
 def base_kind(model):
@@ -1050,7 +1052,7 @@ def load_adapter(model, folder):
         raise BadInput(f"cannot read {path}: {e}") from None
     names = {re.sub(r"^base_model\.model\.model\.|\.lora_A(\.default)?\.weight$", "", key): key for key in tensors
              if ".lora_A" in key}
-    found = {name: layer for name, _, _, layer in linears(model)}
+    found = linears(model)
     if not names or len(tensors) != 2 * len(names) or not names.keys() <= found.keys():
         odd = next((n for n in names if n not in found), "one of its tensors")
         raise BadInput(f"{path}: {odd} has no place in this model; was it trained on another?")
@@ -1058,9 +1060,9 @@ def load_adapter(model, folder):
         A, B = tensors[key], tensors.get(key.replace("lora_A", "lora_B"), torch.empty(0, 0))
         if A.shape[1:] != (found[name].in_features,) or B.shape != (found[name].out_features, len(A)):
             raise BadInput(f"{path}: {name} has another shape in this model; was it trained on another?")
-        inject_lora(model, [name], len(A), config.get("lora_alpha", 8), rslora=config.get("use_rslora", False))
-        layer = adapters(model)[name]
+        layer = LoRALinear(found[name], len(A), config.get("lora_alpha", 8), rslora=config.get("use_rslora", False))
         layer.lora_A.data, layer.lora_B.data = (t.float().to(layer.lora_A.device) for t in (A, B))
+        model.set_submodule(name, layer)
     return model.eval()
 
 
@@ -1110,7 +1112,7 @@ def export_hf(model, tokenizer, folder, dtype=torch.bfloat16):
         raise BadInput(f"{folder} exists and holds other files than an exported model; give another name")
     tmp, name = folder.with_name(f".{os.getpid()}.{folder.name}"), str(dtype).removeprefix("torch.")
     old = tmp.with_name(tmp.name + ".old")
-    config, packed = model.config.write(name), [layer for *_, layer in linears(model) if isinstance(layer, NF4Linear)]
+    config, packed = model.config.write(name), [m for m in linears(model).values() if isinstance(m, NF4Linear)]
     if packed:
         config["quantization_config"] = {
             "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
@@ -1377,7 +1379,7 @@ def show_quantization(model, small, out):
     fp4 = [v / 12 for v in (0, 0.0625, 2, 3, 4, 6, 8, 12)]
     kinds = {"NF4": NF4, "FP4": torch.tensor(sorted(fp4 + [-v for v in fp4])), "int4": torch.arange(-8, 8) / 7}
     normal = torch.randn(2 ** 20, generator=torch.Generator().manual_seed(0))
-    weights = torch.cat([dense(layer).flatten().cpu() for *_, layer in linears(model)[::9]])
+    weights = torch.cat([dense(layer).flatten().cpu() for layer in [*linears(model).values()][::9]])
 
     def error(x, levels, double):
         return ((dequantize_nf4(quantize_nf4(x, double, levels), levels=levels) - x).norm() / x.norm()).item()
@@ -1388,9 +1390,10 @@ def show_quantization(model, small, out):
          "levels that lie as normal numbers do lose least; scales of 8 bits instead of 32 lose next to nothing more.")
     rows = []
     for name, m in (("as loaded", model), ("NF4, double quantization", small)):
-        count = sum(layer.in_features * layer.out_features for *_, layer in linears(m))
-        layers, table = sum(megabytes(layer) for *_, layer in linears(m)), m.embed_tokens.weight
-        rows.append((name, *(f"{v:.3f}" for v in (8e6 * layers / count, layers, table.nbytes / 1e6, megabytes(m)))))
+        layers, table = linears(m).values(), m.embed_tokens.weight
+        taken = sum(megabytes(layer) for layer in layers)
+        bits = 8e6 * taken / sum(layer.in_features * layer.out_features for layer in layers)
+        rows.append((name, *(f"{v:.3f}" for v in (bits, taken, table.nbytes / 1e6, megabytes(m)))))
     show("Size", ("bits/weight", "layers MB", "embed MB", "all MB"), rows,
          "0.127 bits a weight pay for all scales; the embedding, not quantized, is now no smaller than all the layers.")
     save_csv(out / "levels.csv", [{name: f"{levels[i]:.5f}" for name, levels in kinds.items()} for i in range(16)])
@@ -1399,7 +1402,7 @@ def show_quantization(model, small, out):
     axis.vlines(NF4, 0, axis.get_ylim()[1], color="k", lw=0.8)
     axis.set(title="NF4's levels are close where weights are", xlabel="weight / largest of its 64", ylabel="density")
     save_figure(out / "levels.png", figure)
-    return {name: row[2] for name, row in errors.items()}, float(rows[1][1])
+    return {name: row[2] for name, row in errors.items()}, bits      # of the small one
 
 
 def show_trainable(model):
@@ -1460,7 +1463,7 @@ def show_ranks(small, tokenizer, conversations, steps, questions, ranks=(1, 2, 4
 def show_merges(base, trained, conversations):
     """Three things called merging, against the model as it was trained, all in float32; logits of the learned tokens.
     Returns the largest gap of the first."""
-    original, merged = iter([layer for *_, layer in linears(base)]), merge_lora(trained)
+    original, merged = iter(linears(base).values()), merge_lora(trained)
     kinds = {"NF4 + adapter, float32": merged, "the same in bfloat16": merge_lora(trained, torch.bfloat16),
              "original + adapter": replaced(trained, lambda layer: linear(
                  dense(next(original)) + dense(layer) - dense(layer.base), layer.bias)),
@@ -1536,7 +1539,7 @@ def story(out, to, device):
     print(f"exported to {to}; another process loads it and says: {there.stdout.strip()}{there.stderr.strip()}")
     status = report([
         ("4 bits", min(errors, key=errors.get) == "NF4" and abs(bits - 4.127) < 0.001,
-         f"{bits} bits a weight, and NF4 errs least, {errors['NF4']:.4f}"),
+         f"{bits:.3f} bits a weight, and NF4 errs least, {errors['NF4']:.4f}"),
         ("a fresh adapter", fresh, "changes no logit by a single bit"),
         ("what trains", only_lora, "A and B, nothing else"),
         ("checkpointing", apart < 1e-3, f"gradients differ by {apart:.0e}"),
@@ -1554,12 +1557,16 @@ def story(out, to, device):
 
 def chat(model, tokenizer, system, prompt, settings):
     """Answer `prompt` once, or talk in the terminal until end of file. The answer is written as it is generated."""
-    history = [{"role": "system", "content": system}] if system else []
-    if not prompt:
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")       # on Windows a pipe would be cp936 or cp1252
+    beginning = [{"role": "system", "content": system}] if system else []
+    if prompt:
+        for piece in generate(model, tokenizer, [*beginning, {"role": "user", "content": prompt}], **settings):
+            print(piece, end="", flush=True)
+        return print(flush=True)
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")           # on Windows a pipe would be cp936 or cp1252
+    history = beginning
     while True:
         try:
-            question = prompt or input("> ")
+            question = input("> ")
         except EOFError:
             return
         history, said = [*history, {"role": "user", "content": question}], ""
@@ -1568,17 +1575,12 @@ def chat(model, tokenizer, system, prompt, settings):
                 said += piece
                 print(piece, end="", flush=True)
         except BadInput as e:                                           # the context is full
-            if prompt:
-                raise
             print(f"{e}; the conversation begins anew")
-            history = history[:bool(system)]
+            history = beginning
             continue
         except KeyboardInterrupt:                                       # ends the answer, not the conversation
-            if prompt:
-                raise
+            pass
         print(flush=True)
-        if prompt:
-            return
         history.append({"role": "assistant", "content": said})
 
 

@@ -250,7 +250,7 @@ def logits(args):
 def unpack(args):
     import bitsandbytes.functional as F4
     model, _ = lesson.load_model(weights="nf4", dtype=torch.float32)
-    weights = [layer.state() for *_, layer in lesson.linears(model)]
+    weights = [layer.state() for layer in lesson.linears(model).values()]
     theirs = [F4.quantize_4bit(lesson.dequantize_nf4(w), quant_type="nf4", compress_statistics=True) for w in weights]
     dense = [lesson.dequantize_nf4(w) for w in weights]
     for dtype in (torch.float32, torch.bfloat16):

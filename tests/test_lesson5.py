@@ -156,7 +156,7 @@ def test_four_bit_loading_runs_and_equals_bitsandbytes(smol):
         packed, state = F4.quantize_4bit(dense[path].weight, quant_type="nf4", compress_statistics=True)
         assert torch.equal(ours.packed, packed) and torch.equal(ours.absmax, state.absmax)
         assert torch.equal(dequantize_nf4(ours), F4.dequantize_4bit(packed, state))
-    kept = sum(t.nbytes for *_, layer in lesson.linears(model) for t in layer.buffers())
+    kept = sum(t.nbytes for layer in lesson.linears(model).values() for t in layer.buffers())
     assert abs(8 * kept / 106_168_320 - 4.127) < 0.001
     assert lesson.answer(model, tokenizer, "What is the capital of France?", max_new_tokens=8)
 
