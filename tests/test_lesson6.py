@@ -317,6 +317,20 @@ def chinese(*texts):
     return rag.Snapshot([rag.Segment("d", "d", [rag.Chunk("d", 1, 0, t, [(0, len(t), 1)], t) for t in texts], 384)])
 
 
+def test_a_passage_with_the_number_asked_for_goes_before_one_that_says_more_but_has_none(store):
+    snapshot = chinese("儿童的票价由公司决定，票价会变。", "儿童的票价为三十元，狗免费，自行车也免费，行李另算。", "船上有电梯。")
+    for question, first in (("儿童的票价是多少钱？", "三十元"), ("儿童的票价由谁决定？", "由公司决定")):
+        assert first in rag.retrieve(store, question, 2, snapshot).hits[0].chunk.text
+
+
+def test_citations_are_of_up_to_three_pages_that_say_nearly_as_much():
+    def pages(*scores, **legs):
+        hits = [rag.Hit(rag.Chunk("d", n, 0, "text", [], "k"), "d", score, "text", legs) for n, score in enumerate(scores)]
+        return [hit.chunk.page for hit in rag.cited("", hits, "question")]
+    assert pages(0.5, 0.45, 0.2, 0.45, 0.45) == [0, 1, 3] and pages(0.4, 0.5, 0.1) == [1, 0]
+    assert pages(0.5, 0.38) == [0, 1] and pages(0.5, 0.38, dense=1) == [0]
+
+
 def test_the_reranker_loses_none_of_the_twenty_best_and_takes_in_no_other(store):
     filler = "，".join("甲乙丙丁戊己庚辛壬癸" * 8)
     snapshot = chinese(*["退款，退款，退款"] * 20, "船票，退款，" + filler, *["船票，" + filler] * 29)
