@@ -1346,8 +1346,9 @@ UNSEEN = {"What is the capital of France?": "Paris", "How many legs does a spide
           "Who wrote Romeo and Juliet?": "Shakespeare", "How many hours are in a day?": "24|twenty-four",
           "What is the opposite of hot?": "cold",
           "I failed my exam today.": "", "Can you recommend a book?": "", "谢谢你": "",
-          "你会唱歌吗？": "", "今天天气怎么样？": "", "我今天很难过。": "", "法国的首都是哪里？": "", "一加一等于几？": "",
-          "你喜欢吃什么？": "", "太阳从哪边升起？": "", "给我讲个故事吧。": "", "你能帮我写代码吗？": ""}
+          "你会唱歌吗？": "", "今天天气怎么样？": "", "我今天很难过。": "",
+          "法国的首都是哪里？": "", "一加一等于几？": "", "你喜欢吃什么？": "",
+          "太阳从哪边升起？": "", "给我讲个故事吧。": "", "你能帮我写代码吗？": ""}
 VOICE = re.compile(r"俺|\b(arr+|ahoy|aye|matey|ye|yer)\b", re.IGNORECASE)       # no assistant talks like that
 FOUR = ("你好", "Hello", "What is the capital of France?", "你会唱歌吗？")
 

@@ -12,7 +12,7 @@
 A question goes through: embed -> search (dense and BM25) -> fuse -> rerank -> prompt -> engine. Three gates may refuse:
 1, too little evidence was found; 2, the model says so itself; 3, the passages do not bear out what it wrote. The `done`
 event and the log say how long each stage took, /metrics how long the first token took. Many are answered at once, one
-token each per step. The page that a browser gets is lesson6_page.html.
+token each per step.
 Left out on purpose: OCR, accounts, several machines (all vectors are in one process: good to about 100,000 chunks).
 Letters: T tokens of a text, C width of a vector, H heads, D = C / H, N chunks, S sentences of a chunk, B sequences.
 """
@@ -111,7 +111,7 @@ def clean(text):
     for before, line, size in zip([""] + lines, lines, [0] + width):
         if not line:
             continue
-        if size < 0.7 * max(width) or re.search(r"[.!?:。！？：；]$", before):      # a short line ends its paragraph
+        if size < 0.7 * max(width) or re.search(r"[.!?:。！？：；]$", before):      # a short line ends it
             joined += "\n" + line
         elif re.search(r"[a-z]-$", joined) and line[0].islower():
             joined = joined[:-1] + line
@@ -122,7 +122,8 @@ def clean(text):
 
 def sentences(text):
     """(start, end) of each sentence of text, in order; together they cover all but white space between them."""
-    ends = [m.end() for m in re.finditer(r"[.!?][\"')\]]*(?=\s)|[。！？；][”’」』）]*|\n", text)] + [len(text)]
+    stop = r"[.!?][\"')\]]*(?=\s)|[。！？；][”’」』）]*|\n"
+    ends = [m.end() for m in re.finditer(stop, text)] + [len(text)]
     spans = []
     for start, end in zip([0] + ends, ends):
         piece = text[start:end]
@@ -234,7 +235,8 @@ class Embedder:
                     f"encoder.layer.{i}.attention.self.{part}.{kind}") for part in ("query", "key", "value")])
         self.tokenizer = WordPiece(vocabulary, read("tokenizer_config.json", {}).get("do_lower_case", True))
         self.first = pooling.get("pooling_mode_cls_token", False)           # the first token's vector, or the mean
-        self.instruction = "为这个句子生成表示以用于检索相关文章：" if self.first and "zh" in folder.name else ""
+        bge = self.first and "zh" in folder.name
+        self.instruction = "为这个句子生成表示以用于检索相关文章：" if bge else ""
         self.longest = min(read("sentence_bert_config.json", {}).get("max_seq_length", 512), 512)
         self.width, self.id = self.config["hidden_size"], hashlib.sha256(
             self.weights["embeddings.word_embeddings.weight"].numpy().tobytes()).hexdigest()[:16]
@@ -845,11 +847,13 @@ class Snapshot:
 
 
 NUMBER = (r"(?i)\d+|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|"
-          r"sixty|seventy|eighty|ninety|hundred|thousand|million|half|once|twice|every)\b|[二三四五六七八九十百千万两半](?!分)")
+          r"sixty|seventy|eighty|ninety|hundred|thousand|million|half|once|twice|every)\b|"
+          r"[二三四五六七八九十百千万两半](?!分)")
 DATE = (r"\b(?:1[89]|20)\d\d\b|\b(?:January|February|March|April|May|June|July|August|September|October|November|"
         r"December)\b|\d ?[年月日]")
 KINDS = [                               # what a question asks for, and what a sentence must contain to say it
-    (r"\bhow much money\b|\b(price|cost|fee|salary)\b|多少钱|价格|报酬|费用", r"(?i)[$€£¥元]|\b(?:dollar|euro|usd|eur)"),
+    (r"\bhow much money\b|\b(price|cost|fee|salary)\b|多少钱|价格|报酬|费用",
+     r"(?i)[$€£¥元]|\b(?:dollar|euro|usd|eur)"),
     (r"^(\w+ )?how (many|much|often|long|old|large|big|fast)\b|^\w+ (is |was )?(the )?(\w+ )?(version|number|size)\b|"
      r"多少|几(?!乎)|多[久长大]|(什么|哪个)版本|端口", NUMBER),
     (r"^(\w+ )?(when|(what|which) (year|date|day|month))\b|哪一?年|何时|什么时候", DATE),
@@ -938,8 +942,9 @@ def retrieve(store, question, top_k=4, snapshot=None, depth=50, candidates=20):
     return Retrieval(hits[:top_k], score, score < limit, dense, ms)
 
 
-ASKING = set(terms("who whom whose what which when where why how many much do does did 什么 多少 哪个 哪些 哪种 哪里 哪条 怎样 怎么 "
-                   "如何 为什么样 么办 是什 用什 叫什 多久 多长 几个 几年 哪一 应该 应当 可以"))      # they occur anywhere
+ASKING = set(terms("who whom whose what which when where why how many much do does did "       # they occur anywhere
+                   "什么 多少 哪个 哪些 哪种 哪里 哪条 怎样 怎么 如何 为什么样 么办 "
+                   "是什 用什 叫什 多久 多长 几个 几年 哪一 应该 应当 可以"))
 
 
 class Question:
@@ -1037,7 +1042,8 @@ def cited(answer, hits, question):
 INSTRUCTIONS = {
     "en": "Answer the question in one short sentence, with the words of the passages. Use nothing but the passages. "
           "If they do not contain the answer, say: " + REFUSAL["en"],
-    "zh": "根据下面的段落，用一句话简短地回答问题，尽量使用原文。只使用段落中的内容。如果段落中没有答案，就说：" + REFUSAL["zh"]}
+    "zh": "根据下面的段落，用一句话简短地回答问题，尽量使用原文。"
+          "只使用段落中的内容。如果段落中没有答案，就说：" + REFUSAL["zh"]}
 
 
 def build_prompt(question, hits, count, budget, history=()):
@@ -1743,7 +1749,6 @@ def openai_forms(model, with_usage):
 def create_app(store, llm, config, key=""):
     """The ASGI application; at its end it closes the store. With a key, requests need `Authorization: Bearer key`."""
     pool, asking, metrics = ThreadPoolExecutor(config.slots + config.queue, "ask"), set(), Metrics()
-    html = (ROOT / "lesson6_page.html").read_text(encoding="utf-8")
 
     def shown(row):
         return {k: row[k] for k in ("id", "name", "bytes", "status", "reason", "pages", "chunks")}
@@ -1882,7 +1887,7 @@ def create_app(store, llm, config, key=""):
         nonce = secrets.token_urlsafe(16)
         policy = (f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; "
                   "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-        return HTMLResponse(html.replace("NONCE", nonce), headers={"Content-Security-Policy": policy,
+        return HTMLResponse(PAGE.replace("NONCE", nonce), headers={"Content-Security-Policy": policy,
                                                                    "Cache-Control": "no-store"})
 
     async def healthz(request):
@@ -1941,6 +1946,174 @@ def serve(config):
     store = open_store(config)
     print(f"listening on http://{config.host}:{listening.getsockname()[1]}", flush=True)
     Server(llm, create_app(store, llm, config, key)).run([listening])
+
+
+# ---- the page -------------------------------------------------------------------------------------
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Ask your PDFs · 向 PDF 提问</title>
+<style nonce="NONCE">
+:root { color-scheme: light dark; --blue: light-dark(#0a58ca, #8ab4f8); --red: light-dark(#b3261e, #f2b8b5);
+        --soft: light-dark(#5f6670, #a4abb5); --line: 1px solid #8885; background: light-dark(#fff, #17191c) }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 44rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
+header, form, li { display: flex; gap: .6rem; align-items: baseline; flex-wrap: wrap } [hidden] { display: none }
+h1, form input, li div { flex: 1; min-width: 0 } form label { flex: 100% } form, figure, .drop { margin: 1rem 0 }
+h1, h2, p, ul, blockquote { margin: .2rem 0; padding: 0; font-size: inherit } h1 { font-size: 1.4rem }
+button, form input { font: inherit; padding: .4rem .8rem; border: var(--line); border-radius: .4rem; background: none }
+.drop { display: block; padding: 1.2rem; text-align: center; border: 2px dashed #8888; border-radius: .6rem }
+.drop input { position: absolute; opacity: 0; width: 1px }
+:focus-visible, .drop:focus-within, .drop:hover { outline: 2px solid var(--blue); outline-offset: 2px }
+li, article { border-top: var(--line); padding: .6rem 0 } blockquote { border-left: 3px solid #8885; padding: 0 .7rem }
+.soft { color: var(--soft); font-size: .875rem } .error, .failed, .refused { color: var(--red) }
+.answer { white-space: pre-wrap; font-size: 1.1rem } .answer[aria-busy=true]::after { content: "▍" }
+.bar { display: flex; gap: 1px; height: .8rem; margin: .2rem 0 } .bar i { flex: 1 1 0; min-width: 2px }
+.stage { display: inline-block; margin-right: 1rem } .stage i { padding: 0 .4rem; margin-right: .3rem }
+</style>
+<header><h1 data-t="Ask your PDFs|向 PDF 提问"></h1><button id="switch" data-t="中文|English"></button></header>
+<p class="soft"
+   data-t="Answers come from your documents, with the page, or not at all.|答案只出自你的文档，并注明页码。"></p>
+<form id="login" hidden>
+  <label for="key" data-t="Key of this server (RAG_API_KEY)|服务器密钥（RAG_API_KEY）"></label>
+  <input id="key" type="password" autocomplete="current-password" required><button data-t="Use|使用"></button></form>
+<label class="drop"><span data-t="Drop PDFs here, or choose them|把 PDF 拖到这里，或点击选择"></span>
+  <input id="file" type="file" accept=".pdf,application/pdf" multiple></label>
+<p id="problem" class="error" role="alert"></p><ul id="uploads"></ul><ul id="documents"></ul>
+<form id="form"><label for="question" data-t="Question|问题"></label><input id="question" maxlength="2000" required
+  autocomplete="off"><button data-t="Ask|提问"></button>
+  <button id="stop" type="button" data-t="Stop|停止" hidden></button>
+</form><main id="answers"></main>
+<script nonce="NONCE">
+const STATES = { uploading: "uploading …|上传中…", queued: "waiting …|等待中…",
+  processing: "indexing …|索引中…",
+  failed: "failed: |失败：", ready: "ready, {} pages|就绪，{} 页" };
+const STAGES = { queue: ["#999", "queue|排队"], embed: ["#56b4e9", "embed|向量化"],
+  search: ["#009e73", "search|检索"],
+  rerank: ["#d8c700", "rerank|重排"], prompt: ["#cc79a7", "prompt|提示词"],
+  engine_queue: ["#5a6f9c", "engine queue|引擎排队"],
+  prefill: ["#d55e00", "prefill|预填充"], other: ["#b8a48c", "other|其他"] };
+const NOTES = {
+  retrieval: "Refused: no passage comes near, so the model was not asked." +
+    "|拒答：没有相近的段落，未询问模型。",
+  model: "Refused: the model sees no answer in the passages.|拒答：模型在段落中找不到答案。",
+  withdrawn: "A quotation: the passages do not bear out what the model wrote." +
+    "|原文引用：段落不支持模型写下的内容。",
+  quoted: "A quotation: the model does not know this language.|原文引用：模型不懂这种语言。" };
+let zh = +navigator.language.startsWith("zh"), drawn = "", timer = 0, asking = null;
+const $ = id => document.getElementById(id), say = (both, n) => both.split("|")[zh].replace("{}", () => n);
+function make(tag, name, ...parts) {    // parts are text or elements: nothing on this page is ever read as HTML
+  const made = Object.assign(document.createElement(tag), { className: name });
+  return made.append(...parts), made;
+}
+function words(both, n = "") {          // "English|中文", {} being n; the switch of language finds them by data-t
+  const made = make("span", "", say(both, n));
+  return Object.assign(made.dataset, { t: both, n }), made;
+}
+function speak() {
+  document.documentElement.lang = zh ? "zh" : "en";
+  for (const e of document.querySelectorAll("[data-t]")) e.textContent = say(e.dataset.t, e.dataset.n);
+}
+function lost({ name }) {
+  throw Error(say(name == "AbortError" ? "Stopped.|已停止。" :
+    "The server cannot be reached.|无法连接服务器。"));
+}
+async function call(path, options) {    // a response with a good status, or an Error that says why in one line
+  const key = String.fromCharCode(...new TextEncoder().encode(sessionStorage.bearer ?? ""));
+  const headers = key ? { Authorization: "Bearer " + key } : {};
+  const response = await fetch(path, { ...options, headers }).catch(lost);
+  $("login").hidden &&= response.status != 401;
+  if (!response.ok) throw Error((await response.json().catch(() => ({}))).error ?? "HTTP " + response.status);
+  return response;
+}
+async function poll() {                 // the documents, drawn anew when something has changed
+  let list = [], problem = "";
+  await call("/documents").then(async r => list = (await r.json()).documents).catch(e => problem = e.message);
+  if ($("problem").textContent != problem) $("problem").textContent = problem;      // so that it is read aloud once
+  if (!problem && drawn != (drawn = JSON.stringify(list))) $("documents").replaceChildren(...list.map(row));
+  clearTimeout(timer);
+  timer = setTimeout(poll, list.some(d => d.status == "queued" || d.status == "processing") ? 500 : 5000);
+}
+function row({ id, name, status, reason, pages, chunks }) {
+  const state = make("p", "soft " + status, words(STATES[status], pages), reason ?? "");
+  const button = make("button", "", words("Delete|删除"));
+  if (status == "ready") state.append(words(", {} chunks|，{} 个片段", chunks));
+  button.setAttribute("aria-description", name);
+  button.onclick = () => confirm(say("Delete {}?|删除 {}？", name))
+    && call("/documents/" + id, { method: "DELETE" }).then(poll, poll).then(() => $("file").focus());
+  return make("li", "", make("div", "", name, state), id ? button : "");
+}
+async function upload(files) {
+  $("uploads").replaceChildren();
+  for (const file of files) {
+    const { name } = file, sending = $("uploads").appendChild(row({ name, status: "uploading" }));
+    await call("/documents?filename=" + encodeURIComponent(name), { method: "POST", body: file }).then(
+      () => sending.remove(), e => sending.replaceWith(row({ name, status: "failed", reason: e.message })));
+    await poll();
+  }
+}
+async function* events(response) {      // [event, data] of each server-sent event, as soon as it is whole
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let text = "", part; !(part = await reader.read().catch(lost)).done;) {
+    const whole = (text + part.value).split("\n\n");
+    text = whole.pop();
+    for (const [, event, data] of whole.map(e => e.match(/^event: (.*?)\ndata: (.*)/s) ?? []))
+      if (event) yield [event, JSON.parse(data)];
+  }
+}
+function passage({ name, page, score, quote }) {
+  return make("div", "", make("p", "soft", name, words(", page {}|，第 {} 页", page),
+    words(", score {}|，得分 {}", score.toFixed(2))), make("blockquote", "", quote));
+}
+function bar({ total, first_token, ...ms }) {           // where the time to the first token went
+  const bar = make("div", "bar"), legend = make("div", "");
+  ms.other = first_token - Object.values(ms).reduce((a, b) => a + b, 0);
+  for (const stage of Object.keys({ ...STAGES, ...ms }).filter(s => ms[s] >= 0.1)) {
+    const [colour, name] = STAGES[stage] ?? ["#b8a48c", stage + "|" + stage], dots = [make("i", ""), make("i", "")];
+    for (const { style } of dots) [style.flexGrow, style.background] = [100 * ms[stage] / first_token, colour];
+    bar.append(dots[0]);
+    legend.append(make("span", "stage", dots[1], words(name), " " + ms[stage].toFixed(1)));
+  }
+  return make("figure", "soft", words("First token after {} ms|首个 token：{} 毫秒", Math.round(first_token)),
+    bar, legend);
+}
+async function ask(question) {
+  const answer = make("p", "answer"), card = make("article", "", make("h2", "", question), answer);
+  let sources = [], done = null;
+  asking = new AbortController();
+  [answer.ariaLive, answer.ariaBusy, $("stop").hidden, $("question").value] = ["polite", "true", false, ""];
+  $("answers").prepend(card);
+  try {
+    const options = { method: "POST", body: JSON.stringify({ question }), signal: asking.signal };
+    for await (const [event, data] of events(await call("/ask", options))) {
+      if (event == "sources") sources = data.sources;
+      if (event == "token") answer.append(data.text);
+      if (event == "error") throw Error(data.error);
+      if (event == "done") done = data;
+    }
+    if (!done) throw Error(say("The answer broke off.|回答中断了。"));
+    answer.textContent = done.answer;   // what the model wrote may have been withdrawn
+    const note = done.gate ?? (done.withdrawn ? "withdrawn" : done.quoted && "quoted");
+    if (note) card.append(make("p", done.gate ? "soft refused" : "soft", words(NOTES[note])));
+    card.append(...done.citations.map(passage), bar(done.timings));
+  } catch (e) {
+    card.append(Object.assign(make("p", "error", e.message), { role: "alert" }));
+    $("question").value ||= question;   // to be asked again
+  }
+  const found = make("summary", "", words("{} passages found|找到 {} 个段落", sources.length));
+  if (sources.length) card.append(make("details", "soft", found, ...sources.map(passage)));
+  [answer.ariaBusy, $("stop").hidden, asking] = ["false", true, null];
+  $("question").focus();
+}
+const on = (id, event, act) => $(id).addEventListener(event, e => { e.preventDefault(); act(e.target); });
+on("form", "submit", () => asking ?? ask($("question").value)), on("stop", "click", () => asking.abort());
+on("switch", "click", () => { zh = 1 - zh; speak(); });
+on("login", "submit", () => { sessionStorage.bearer = $("key").value; $("login").hidden = true; poll(); });
+on("file", "change", async input => { await upload([...input.files]); input.value = ""; });
+addEventListener("dragover", e => e.preventDefault());  // a file may be dropped anywhere on the page
+addEventListener("drop", e => { e.preventDefault(); upload([...e.dataTransfer.files]); });
+speak(), poll();
+</script>
+"""
 
 
 # ---- story ----------------------------------------------------------------------------------------
